@@ -7,8 +7,15 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 # %% auto #0
 __all__ = ['choice', 'natural_key', 'seed_everything', 'atomic_path', 'write_text', 'new_folder', 'track']
 
-# %% ../nbs/010_core.ipynb #39913831
-import contextlib, difflib, os, random, re, secrets, shutil, sys
+# %% ../nbs/010_core.ipynb #f0deed95
+import contextlib
+import difflib
+import os
+import random
+import re
+import secrets
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,13 +42,14 @@ def natural_key(
     s = str(s)
     return [(0, int(t), '') if t.isdecimal() else (1, 0, t) for t in re.split(r'(\d+)', s) if t] + [(2, 0, s)]
 
-# %% ../nbs/010_core.ipynb #0fdc3c12
+# %% ../nbs/010_core.ipynb #6006b545
 def seed_everything(
     seed: int # any whole number from 0 to 2**32-1
 ) -> int: # `seed`
     "Seed Python, NumPy and torch (CPU and every CUDA device)."
     if not 0 <= seed < 2**32: raise ValueError(f"seed {seed} is out of range: give a whole number from 0 to {2**32-1}")
-    import numpy as np, torch
+    import numpy as np
+    import torch
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return seed
 
