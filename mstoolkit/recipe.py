@@ -129,13 +129,13 @@ def recipe_from_dict(
     for k in d: choice(k, [f.name for f in fields(Recipe)], 'recipe field', max_listed=50)
     return replace(base or Recipe(), **d)
 
-# %% ../nbs/150_recipe.ipynb #29fbc586
+# %% ../nbs/150_recipe.ipynb #454d0517
 def load_recipe(
     source: str|Path # the name of a recipe in `recipes`, or a TOML file
 ) -> Recipe:
     "Load a named recipe or a recipe file."
     if str(source) in recipes: return recipes[str(source)]
-    if Path(source).suffix != '.toml': choice(str(source), recipes, 'recipe (give one of these, or a .toml file)')
+    if Path(source).suffix != '.toml': choice(str(source), recipes, 'recipe')
     if not Path(source).is_file(): raise FileNotFoundError(f"there is no recipe file {str(source)!r}")
     try: d = tomllib.loads(Path(source).read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"recipe file {str(source)!r} is not TOML: {e}") from e

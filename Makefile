@@ -1,0 +1,56 @@
+# Everything runs from a fresh clone: each target makes the environment when it is missing.
+# Needs Python 3.10 or newer and make; `make PYTHON=python3.12 test` chooses another interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export NO_ALBUMENTATIONS_UPDATE = 1
+
+.PHONY: help demo test test-slow test-cuda lint library notebooks readme clean
+
+help:
+	@echo "make demo       train on the built-in figures, predict the test folder, draw the curves (in demo/)"
+	@echo "make test       the notebooks, the tests, the linter and a built wheel"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make library    write mstoolkit/ and README.md from nbs/"
+	@echo "make notebooks  run the notebooks and keep their outputs"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mstoolkit needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes and 7 GB the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/mstoolkit demo --out demo
+
+test: $(STAMP) lint
+	$(BIN)/nbdev-test
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+test-cuda: $(STAMP)
+	$(BIN)/python -m pytest -m cuda
+
+lint: $(STAMP)
+	$(BIN)/flake8
+
+library: $(STAMP)
+	$(BIN)/nbdev-export
+	@$(MAKE) --no-print-directory readme
+
+notebooks: $(STAMP)
+	$(BIN)/nbdev-test --save
+	$(BIN)/nbdev-clean
+
+# nbdev-readme needs Quarto; nbconvert does the same job here
+readme: $(STAMP)
+	@$(BIN)/jupyter-nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed 's#](images/#](nbs/images/#g' > README.md.tmp
+	@mv README.md.tmp README.md
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
