@@ -148,7 +148,7 @@ def pick_stages(
     if len(set(strides)) > 1 or n == 1: return list(range(n - n_stages, n))
     return [(i + 1)*n//n_stages - 1 for i in range(n_stages)]
 
-# %% ../../nbs/030_models.backbone.ipynb #6695fb32
+# %% ../../nbs/030_models.backbone.ipynb #55269cf4
 class TimmStages(nn.Module):
     "The last `n_stages` feature maps of a timm backbone, shallow to deep, channels first."
     def __init__(self,
@@ -163,9 +163,9 @@ class TimmStages(nn.Module):
         self.name = check_name(name)
         kw = dict(_fixed_size(name, img_size), in_chans=in_chans, features_only=True)
         load = _pretrained_kw(name) if pretrained and not weights_file else {}
-        with torch.device('meta'): info = _create(name, img_size, **kw).feature_info.info
+        with torch.device('meta'): info = _create(name, **kw).feature_info.info
         picks = pick_stages([o['reduction'] for o in info], n_stages)
-        try: net = _create(name, img_size, out_indices=tuple(picks), **kw, **load)
+        try: net = _create(name, out_indices=tuple(picks), **kw, **load)
         except OSError as e: raise _no_download(name, str(e).splitlines()[0]) from e
         if weights_file: net = _load_file(net, name, weights_file, dict(kw, out_indices=tuple(picks)))
         self.net, self.channels_last = net, getattr(net, 'output_fmt', Format.NCHW) == Format.NHWC
@@ -186,7 +186,7 @@ class TimmStages(nn.Module):
 
     def extra_repr(self): return f'{self.name!r}, channels={self.channels}, strides={self.strides}'
 
-# %% ../../nbs/030_models.backbone.ipynb #d975d83c
+# %% ../../nbs/030_models.backbone.ipynb #a2216853
 def _pair(size) -> tuple: return (size, size) if isinstance(size, int) else tuple(size)
 
 def _per_channel(stats, n: int) -> tuple:
@@ -199,11 +199,11 @@ def _fixed_size(name: str, img_size) -> dict:
     if cfg is None or not cfg.fixed_input_size: return {}
     return dict(img_size=_pair(img_size) if img_size is not None else tuple(cfg.input_size[1:]))
 
-def _create(name: str, img_size, **kw) -> nn.Module:
+def _create(name: str, **kw) -> nn.Module:
     "`timm.create_model`, with what it asserts about sizes and outputs turned into an error that names the backbone."
     try: return timm.create_model(name, **kw)
     except (AssertionError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as e:
-        size = f' for images of {img_size} px' if img_size is not None else ''
+        size = f" for images of {'x'.join(map(str, kw['img_size']))} px" if 'img_size' in kw else ''
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"backbone {name!r} cannot be built{size} as a list of feature maps: {why}") from e
 
