@@ -49,7 +49,7 @@ def test_weights_and_reductions(eps, reduction):
 
 
 def test_over_all_is_torch_and_fastai():
-    x, y = batch(16, 7)
+    x, y = batch(16, 7, dtype=torch.float32)
     ours = SmoothedCrossEntropy(.2, 'all')(x, y)
     torch.testing.assert_close(ours, F.cross_entropy(x, y, label_smoothing=.2))
     torch.testing.assert_close(ours, LabelSmoothingCrossEntropyFlat(eps=.2)(x, y).as_subclass(torch.Tensor))
@@ -65,7 +65,7 @@ def test_mixed_targets_are_a_mixture_of_losses(over):
 
 @pytest.mark.parametrize('target_type', [torch.int8, torch.int32, torch.int64, TensorCategory])
 def test_tensor_types(target_type):
-    x, y = batch(8, 4)
+    x, y = batch(8, 4, dtype=torch.float32)
     want = SmoothedCrossEntropy(.1)(x, y)
     y = TensorCategory(y) if target_type is TensorCategory else y.to(target_type)
     assert type(got := SmoothedCrossEntropy(.1)(TensorImage(x), y)) is torch.Tensor
