@@ -151,7 +151,8 @@ def test_bad_options(kw, text):
 
 
 weight = torch.tensor([1., 3., .2])
-losses = {'ce': CrossEntropyLossFlat(), 'torch ce': nn.CrossEntropyLoss(), 'function': F.cross_entropy, 'weighted': CrossEntropyLossFlat(weight=weight),
+losses = {'ce': CrossEntropyLossFlat(),
+          'torch ce': nn.CrossEntropyLoss(), 'function': F.cross_entropy, 'weighted': CrossEntropyLossFlat(weight=weight),
           'smoothed': SmoothedCrossEntropy(.1), 'fastai smoothed': LabelSmoothingCrossEntropyFlat(), 'focal': FocalLossFlat(),
           'ours weighted': SmoothedCrossEntropy(.1, 'all', weight=weight)}
 
@@ -177,7 +178,7 @@ def test_every_loss(name, kind):
 
 def test_soft_targets_and_multi_label():
     learn = tiny_learner(loss_func=BCEWithLogitsLossFlat(), metrics=[])
-    for dl in learn.dls.loaders: dl.dataset[:] = [(x, F.one_hot(y, 3).float()) for x, y in dl.dataset]
+    learn.dls.train.dataset[:] = [(x, F.one_hot(y, 3).float()) for x, y in learn.dls.train.dataset]  # the loaders share it
     with quiet(learn): learn.fit(1, cbs=BatchMix(1., seed=0))
     assert np.isfinite(learn.recorder.values[-1][0])
 
@@ -199,10 +200,10 @@ def test_validation_is_untouched_and_the_input_too():
         order = -5
         def before_batch(self): self.copy, self.orig = self.x.clone(), self.x
         def after_batch(self):
-            assert torch.equal(self.copy, self.orig); seen.append((self.training, self.x is self.orig))
+            assert torch.equal(self.copy, self.orig); seen.append((self.training, self.x.data_ptr() == self.orig.data_ptr()))
     learn = tiny_learner()
     with quiet(learn):
-        learn.fit(1, cbs=[BatchMix(1., seed=0), Spy()])
+        learn.fit(1, cbs=[BatchMix(0., 1., seed=0), Spy()])
         assert set(seen) == {(True, False), (False, True)}
         a = learn.validate()
         with learn.added_cbs(BatchMix(1.)): assert learn.validate() == a
@@ -210,10 +211,10 @@ def test_validation_is_untouched_and_the_input_too():
 
 def test_off_epochs_under_fit_and_fine_tune():
     learn, s = tiny_learner(), Steps()
-    with quiet(learn): learn.fit(3, cbs=[BatchMix(1., off_epochs=2, seed=0), s])
+    with quiet(learn): learn.fit(3, cbs=[BatchMix(0., 1., off_epochs=2, seed=0), s])
     assert {(e, m) for _, e, t, m, _ in s.log if t} == {(0, True), (1, False), (2, False)}
     learn, s = tiny_learner(), Steps()
-    with quiet(learn): learn.fine_tune(3, freeze_epochs=2, cbs=[BatchMix(1., off_epochs=1, seed=0), s])
+    with quiet(learn): learn.fine_tune(3, freeze_epochs=2, cbs=[BatchMix(0., 1., off_epochs=1, seed=0), s])
     assert {(f, e, m) for f, e, t, m, _ in s.log if t} == {(1, 0, True), (1, 1, True), (2, 0, True), (2, 1, True), (2, 2, False)}
 
 
@@ -240,16 +241,16 @@ def test_gradient_accumulation_scales_both_halves():
             m = self.learn.batch_mix
             full = m.lam*F.cross_entropy(self.pred, self.y) + (1-m.lam)*F.cross_entropy(self.pred, m.y_b)
             torch.testing.assert_close(self.loss_grad, full/2); seen.append(1)
-    with quiet(learn): learn.fit(1, cbs=[BatchMix(1., seed=0), GradientAccumulation(32), Spy()])
+    with quiet(learn): learn.fit(1, cbs=[BatchMix(0., 1., seed=0), GradientAccumulation(32), Spy()])
     assert len(seen) == 3
 
 
 def test_fastai_tensor_types_and_other_inputs():
     learn = tiny_learner()
-    for dl in learn.dls.loaders: dl.dataset[:] = [(TensorImage(x), TensorCategory(y)) for x, y in dl.dataset]
+    learn.dls.train.dataset[:] = [(TensorImage(x), TensorCategory(y)) for x, y in learn.dls.train.dataset]
     with quiet(learn): learn.fit(1, cbs=BatchMix(1., seed=0))
     learn = tiny_learner()
-    for dl in learn.dls.loaders: dl.dataset[:] = [(x.flatten(), y) for x, y in dl.dataset]
+    learn.dls.train.dataset[:] = [(x.flatten(), y) for x, y in learn.dls.train.dataset]
     with quiet(learn), pytest.raises(ValueError, match=r'\(N, C, H, W\)'): learn.fit(1, cbs=BatchMix(1., seed=0))
 
 
@@ -280,7 +281,7 @@ def test_train_metrics_are_weighted():
 
 def test_train_accuracy_has_no_opinion_on_regression():
     learn = tiny_learner(loss_func=nn.MSELoss(), metrics=[])
-    for dl in learn.dls.loaders: dl.dataset[:] = [(x, torch.zeros(3)) for x, _ in dl.dataset]
+    learn.dls.train.dataset[:] = [(x, torch.zeros(3)) for x, _ in learn.dls.train.dataset]
     acc = TrainAccuracy(); acc.reset()
 
     class Spy(Callback):
