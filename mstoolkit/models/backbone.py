@@ -7,11 +7,16 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.backbone.html.md"""
 # %% auto #0
 __all__ = ['check_name', 'canonical_key', 'read_weights', 'pick_stages', 'TimmStages', 'check_size']
 
-# %% ../../nbs/030_models.backbone.ipynb #929646a9
-import pickle, threading, urllib.error, urllib.request
+# %% ../../nbs/030_models.backbone.ipynb #a6e1f50c
+import pickle
+import queue
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
-import timm, torch
+import timm
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Format
@@ -31,17 +36,18 @@ def check_name(
     if tag: choice(name, tags, f'weights tag for {arch}:')
     return name
 
-# %% ../../nbs/030_models.backbone.ipynb #0ca93711
+# %% ../../nbs/030_models.backbone.ipynb #d7fa02e0
 def _reachable(url: str, timeout: float = 5.) -> bool:
     "True when the server of `url` answers within `timeout` seconds, whatever it says; proxies from the environment are used."
-    answered = threading.Event()
+    answers = queue.SimpleQueue()
     def head():
         try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=timeout).close()
         except urllib.error.HTTPError: pass  # an error page is an answer
-        except OSError: return
-        answered.set()
+        except OSError: return answers.put(False)
+        answers.put(True)
     threading.Thread(target=head, daemon=True).start()  # a thread, because a look-up of the host's name obeys no timeout
-    return answered.wait(timeout)
+    try: return answers.get(timeout=timeout)
+    except queue.Empty: return False
 
 # %% ../../nbs/030_models.backbone.ipynb #a2c25c24
 def _hub_cached(cfg) -> str|None:
@@ -52,7 +58,7 @@ def _hub_cached(cfg) -> str|None:
     found = (try_to_load_from_cache(repo, n, revision=revision or None) for n in names)
     return next((f for f in found if isinstance(f, str)), None)
 
-# %% ../../nbs/030_models.backbone.ipynb #d88ed114
+# %% ../../nbs/030_models.backbone.ipynb #30d2d6ef
 def _no_download(name: str, why: str) -> ConnectionError:
     return ConnectionError(f"cannot download the pretrained weights of {name!r} ({why}): load a local file with weights_file= "
                            f"(--weights-file), or start from random weights with pretrained=False (--no-pretrained)")
@@ -63,7 +69,8 @@ def _pretrained_kw(name: str) -> dict:
     if cfg is None or not cfg.has_weights:
         arch, others = split_model_name_tag(name)[0], ''
         if tags := timm.list_pretrained(f'{arch}.*'): others = f"choose one of {', '.join(tags)}, or "
-        raise ValueError(f"timm has no pretrained weights for {name!r}: {others}use weights_file= (--weights-file) or pretrained=False (--no-pretrained)")
+        raise ValueError(f"timm has no pretrained weights for {name!r}: {others}use weights_file= (--weights-file) "
+                         f"or pretrained=False (--no-pretrained)")
     if cfg.file: return dict(pretrained=True)
     if cfg.hf_hub_id:
         from huggingface_hub import constants
@@ -86,7 +93,7 @@ def canonical_key(
     while p := next((w for w in _wrappers if key.startswith(w)), None): key = key[len(p):]
     return key.replace('.', '_')
 
-# %% ../../nbs/030_models.backbone.ipynb #549dc87e
+# %% ../../nbs/030_models.backbone.ipynb #04b54a5d
 def read_weights(
     path: str|Path # a .safetensors file, or a .pt/.pth file that holds tensors alone
 ) -> dict: # name -> tensor, on the CPU
@@ -96,7 +103,7 @@ def read_weights(
     try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         why = str(e).splitlines()[0]
-        if 'Unsupported' in str(e) or 'Weights only load failed' in why: why = 'it holds pickled objects besides tensors, and loading those could run code'
+        if 'Weights only load failed' in why: why = 'it holds pickled objects besides tensors, and loading those could run code'
         raise ValueError(f"{str(path)!r} is not a file of weights alone ({why}); save it again with torch.save(model.state_dict(), ...)") from e
     except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
         raise ValueError(f"{str(path)!r} is not a readable .safetensors, .pt or .pth file: {str(e).splitlines()[0]}") from e
@@ -125,7 +132,7 @@ def _load_state(net: nn.Module, state: dict) -> str:
     net.load_state_dict({k: have[canonical_key(k)] for k in want if canonical_key(k) in have}, strict=False)
     return ''
 
-# %% ../../nbs/030_models.backbone.ipynb #949e1c9a
+# %% ../../nbs/030_models.backbone.ipynb #ea7a21f7
 def _load_file(net: nn.Module, name: str, file: str|Path, kw: dict) -> nn.Module:
     "Load weights file `file` into `net`, which `timm.create_model(name, **kw)` made; return the loaded network."
     state = read_weights(file)
@@ -133,6 +140,9 @@ def _load_file(net: nn.Module, name: str, file: str|Path, kw: dict) -> nn.Module
         arch_kw = {k: v for k, v in kw.items() if k in ('in_chans', 'img_size')}
         with torch.device('meta'): state = _in_order(state, timm.create_model(name, **arch_kw).state_dict())
     if not (why := _load_state(net, state)): return net
+    heads = get_pretrained_cfg(name).classifier or ()
+    heads = tuple(f'{o}.' for o in ([heads] if isinstance(heads, str) else heads))
+    state = {k: v for k, v in state.items() if not k.startswith(heads)}
     try: return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=0), **kw)
     except Exception as e:  # whatever timm's converter for another format stumbles over, the file does not fit
         raise ValueError(f"{str(file)!r} does not fit backbone {name!r}: {why}") from e
@@ -148,7 +158,7 @@ def pick_stages(
     if len(set(strides)) > 1 or n == 1: return list(range(n - n_stages, n))
     return [(i + 1)*n//n_stages - 1 for i in range(n_stages)]
 
-# %% ../../nbs/030_models.backbone.ipynb #55269cf4
+# %% ../../nbs/030_models.backbone.ipynb #35a08d53
 class TimmStages(nn.Module):
     "The last `n_stages` feature maps of a timm backbone, shallow to deep, channels first."
     def __init__(self,
@@ -163,7 +173,8 @@ class TimmStages(nn.Module):
         self.name = check_name(name)
         kw = dict(_fixed_size(name, img_size), in_chans=in_chans, features_only=True)
         load = _pretrained_kw(name) if pretrained and not weights_file else {}
-        with torch.device('meta'): info = _create(name, **kw).feature_info.info
+        with torch.device('meta'): sketch = _create(name, **kw)  # no memory, and its answers come before any download
+        info = sketch.feature_info.info
         picks = pick_stages([o['reduction'] for o in info], n_stages)
         try: net = _create(name, out_indices=tuple(picks), **kw, **load)
         except OSError as e: raise _no_download(name, str(e).splitlines()[0]) from e
@@ -176,7 +187,7 @@ class TimmStages(nn.Module):
         self.mean, self.std = _per_channel(cfg['mean'], in_chans), _per_channel(cfg['std'], in_chans)
         self.fixed_size = 'img_size' in kw
         self.input_size = _pair(kw.get('img_size') or cfg['input_size'][1:])
-        if img_size is not None: check_size(self, img_size)
+        if img_size is not None: _try_size(sketch, name, in_chans, check_size(self, img_size))
 
     def forward(self,
         x: torch.Tensor # images (B, in_chans, H, W)
@@ -186,7 +197,13 @@ class TimmStages(nn.Module):
 
     def extra_repr(self): return f'{self.name!r}, channels={self.channels}, strides={self.strides}'
 
-# %% ../../nbs/030_models.backbone.ipynb #a2216853
+# %% ../../nbs/030_models.backbone.ipynb #ef062c34
+def _try_size(sketch: nn.Module, name: str, in_chans: int, hw: tuple):
+    "Run `sketch`, a network on the meta device, on images of size `hw`: some models can be built for a size and yet not take it."
+    try: sketch.eval()(torch.empty(2, in_chans, *hw, device='meta'))
+    except (AssertionError, RuntimeError, ValueError) as e:
+        raise ValueError(f"backbone {name!r} cannot take images of {hw[0]}x{hw[1]} px: {str(e).splitlines()[0]}") from e
+
 def _pair(size) -> tuple: return (size, size) if isinstance(size, int) else tuple(size)
 
 def _per_channel(stats, n: int) -> tuple:

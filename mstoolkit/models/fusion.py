@@ -145,7 +145,7 @@ class PlainHead(nn.Module):
     def forward(self, xs: list) -> torch.Tensor: return self.classifier(xs[-1])
     forward_spatial = forward  # it has no other path
 
-# %% ../../nbs/050_models.fusion.ipynb #f30aca31
+# %% ../../nbs/050_models.fusion.ipynb #508e1269
 @register_head('mlp')
 class MlpHead(nn.Module):
     "Average pool of the deepest map and a small network: Report B's head."
@@ -157,7 +157,8 @@ class MlpHead(nn.Module):
         drop: float = .3 # dropout before its nonlinearity, as in the report
     ):
         super().__init__()
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], hidden), nn.Dropout(drop), nn.ReLU(), nn.Linear(hidden, n_out))
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], hidden), nn.Dropout(drop), nn.ReLU(),
+                                        nn.Linear(hidden, n_out))
 
     def forward(self, xs: list) -> torch.Tensor: return self.classifier(xs[-1])
     forward_spatial = forward

@@ -32,11 +32,12 @@ def _body_groups(stages: TimmStages) -> list:
         seen.update(map(id, ps))
     return [g for g in groups if g]
 
-# %% ../../nbs/040_models.split.ipynb #06ec6e51
+# %% ../../nbs/040_models.split.ipynb #65f0c4b6
 def stage_splitter(
     model: nn.Module # a `multiscale_model`: a `TimmStages` body, then a head
 ) -> list: # lists of parameters
     "The parameters of `model` by stage, shallow to deep, the head last; every parameter is in exactly one group."
     body, head = model[0], model[1]
-    if not isinstance(body, TimmStages): raise ValueError(f"stage_splitter needs a model whose first part is a TimmStages, not a {type(body).__name__}")
+    if not isinstance(body, TimmStages):
+        raise ValueError(f"stage_splitter needs a model whose first part is a TimmStages, not a {type(body).__name__}")
     return [*_body_groups(body), list(head.parameters())]
