@@ -7,9 +7,10 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.backbone.html.md"""
 # %% auto #0
 __all__ = ['check_name', 'canonical_key', 'read_weights', 'pick_stages', 'TimmStages', 'check_size']
 
-# %% ../../nbs/030_models.backbone.ipynb #a6e1f50c
+# %% ../../nbs/030_models.backbone.ipynb #b8f2a10d
 import pickle
 import queue
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -93,7 +94,9 @@ def canonical_key(
     while p := next((w for w in _wrappers if key.startswith(w)), None): key = key[len(p):]
     return key.replace('.', '_')
 
-# %% ../../nbs/030_models.backbone.ipynb #04b54a5d
+# %% ../../nbs/030_models.backbone.ipynb #8cb4af2d
+def _why(e: Exception) -> str: return str(e).partition('\n')[0] or type(e).__name__ # the first line of an error's text
+
 def read_weights(
     path: str|Path # a .safetensors file, or a .pt/.pth file that holds tensors alone
 ) -> dict: # name -> tensor, on the CPU
@@ -102,11 +105,13 @@ def read_weights(
     if not path.is_file(): raise FileNotFoundError(f"no weights file at {str(path)!r}")
     try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        why = str(e).splitlines()[0]
-        if 'Weights only load failed' in why: why = 'it holds pickled objects besides tensors, and loading those could run code'
+        why = _why(e)
+        if 'Weights only load failed' in why:
+            objects = ', '.join(dict.fromkeys(re.findall(r'GLOBAL (\S+)', str(e)))) or 'objects'
+            why = f'it holds pickled {objects} besides tensors, and loading those could run code'
         raise ValueError(f"{str(path)!r} is not a file of weights alone ({why}); save it again with torch.save(model.state_dict(), ...)") from e
     except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
-        raise ValueError(f"{str(path)!r} is not a readable .safetensors, .pt or .pth file: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"{str(path)!r} is not a readable .safetensors, .pt or .pth file: {_why(e)}") from e
     for k in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # as timm's and other training scripts nest it
         if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]; break
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
@@ -158,7 +163,7 @@ def pick_stages(
     if len(set(strides)) > 1 or n == 1: return list(range(n - n_stages, n))
     return [(i + 1)*n//n_stages - 1 for i in range(n_stages)]
 
-# %% ../../nbs/030_models.backbone.ipynb #35a08d53
+# %% ../../nbs/030_models.backbone.ipynb #cf64125d
 class TimmStages(nn.Module):
     "The last `n_stages` feature maps of a timm backbone, shallow to deep, channels first."
     def __init__(self,
@@ -177,7 +182,7 @@ class TimmStages(nn.Module):
         info = sketch.feature_info.info
         picks = pick_stages([o['reduction'] for o in info], n_stages)
         try: net = _create(name, out_indices=tuple(picks), **kw, **load)
-        except OSError as e: raise _no_download(name, str(e).splitlines()[0]) from e
+        except OSError as e: raise _no_download(name, _why(e)) from e
         if weights_file: net = _load_file(net, name, weights_file, dict(kw, out_indices=tuple(picks)))
         self.net, self.channels_last = net, getattr(net, 'output_fmt', Format.NCHW) == Format.NHWC
         self.info = [dict(module=o['module'], channels=o['num_chs'], stride=o['reduction']) for o in info] # every map the model offers
@@ -197,12 +202,12 @@ class TimmStages(nn.Module):
 
     def extra_repr(self): return f'{self.name!r}, channels={self.channels}, strides={self.strides}'
 
-# %% ../../nbs/030_models.backbone.ipynb #ef062c34
+# %% ../../nbs/030_models.backbone.ipynb #cc487293
 def _try_size(sketch: nn.Module, name: str, in_chans: int, hw: tuple):
     "Run `sketch`, a network on the meta device, on images of size `hw`: some models can be built for a size and yet not take it."
     try: sketch.eval()(torch.empty(2, in_chans, *hw, device='meta'))
     except (AssertionError, RuntimeError, ValueError) as e:
-        raise ValueError(f"backbone {name!r} cannot take images of {hw[0]}x{hw[1]} px: {str(e).splitlines()[0]}") from e
+        raise ValueError(f"backbone {name!r} cannot take images of {hw[0]}x{hw[1]} px: {_why(e)}") from e
 
 def _pair(size) -> tuple: return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -221,8 +226,7 @@ def _create(name: str, **kw) -> nn.Module:
     try: return timm.create_model(name, **kw)
     except (AssertionError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as e:
         size = f" for images of {'x'.join(map(str, kw['img_size']))} px" if 'img_size' in kw else ''
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"backbone {name!r} cannot be built{size} as a list of feature maps: {why}") from e
+        raise ValueError(f"backbone {name!r} cannot be built{size} as a list of feature maps: {_why(e)}") from e
 
 # %% ../../nbs/030_models.backbone.ipynb #db06cb05
 def check_size(

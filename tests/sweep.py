@@ -1,0 +1,40 @@
+"""What is asked of every backbone, on the meta device: shapes are computed, numbers are not, so the largest model takes no memory."""
+import torch
+
+from mstoolkit.models.backbone import TimmStages, check_size
+from mstoolkit.models.fusion import MultiScaleModel, head_meta
+from mstoolkit.models.split import stage_splitter
+
+
+def check_maps(body, size):
+    "The backbone gives the maps it promises for images of `size`; return them."
+    xs = body(torch.empty(2, 3, *size))
+    if [x.shape[1] for x in xs] != body.channels: raise AssertionError(f'maps {[tuple(x.shape) for x in xs]}, promised channels {body.channels}')
+    if not all(a.shape[2] >= b.shape[2] and a.shape[3] >= b.shape[3] for a, b in zip(xs, xs[1:])): raise AssertionError('maps grow with depth')
+    return xs
+
+
+def check_split(model):
+    "Every parameter is in exactly one group and no group is empty; return the number of groups."
+    groups = stage_splitter(model)
+    covered = sorted(id(p) for g in groups for p in g) == sorted(id(p) for p in model.parameters())
+    if not covered: raise AssertionError('split does not cover every parameter once')
+    if not all(groups): raise AssertionError('split has an empty group')
+    return len(groups)
+
+
+def check_backbone(name, n_out=7):
+    "Build `name` with both fusion heads, run it, split it; return what it is like."
+    with torch.device('meta'):
+        body = TimmStages(name, pretrained=False).eval()
+        size = check_size(body, body.input_size)
+        xs = check_maps(body, size)
+        for head in ('pyramid', 'gated'):
+            model = MultiScaleModel(body, head_meta[head](body.channels, n_out))
+            if model[1](xs).shape != (2, n_out): raise AssertionError(f'{head}: logits {tuple(model[1](xs).shape)}')
+            n_groups = check_split(model)
+        s = max(body.strides)
+        any_size = not body.fixed_size
+        try: check_maps(body, (3*s + s//2 + 1, 2*s + 5)) if any_size else None
+        except RuntimeError: any_size = False
+    return dict(strides=body.strides, channels=body.channels, groups=n_groups, fixed=body.fixed_size, any_size=any_size, last=body.channels_last)
