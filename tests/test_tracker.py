@@ -81,7 +81,7 @@ def test_torchs_rate_under_a_constant_fit():
 def test_plateau_reduces_on_patience_plus_one(capsys):
     _, rates = fit_with([.5]*5, 'fit', [p := PlateauLR(patience=2)])
     assert [e[0][1] for e in rates] == pytest.approx([1e-2]*4 + [1e-2*.25]) and p.scale == .25
-    assert 'epoch 4: no better accuracy than 0.5000 for 3 epochs; learning rate × 0.25' in capsys.readouterr().out
+    assert 'epoch 4: no better accuracy than 0.5000 for 3 epochs; learning rate times 0.25' in capsys.readouterr().out
 
 
 def test_plateau_leaves_no_trace_in_the_optimizer_and_shows_in_the_record():

@@ -109,7 +109,7 @@ class MetricTracker(Callback):
         "Go on from where `state` was taken."
         for k in self._keep: setattr(self, k, state[k])
 
-# %% ../../nbs/100_callback.tracker.ipynb #d4b7d2e9
+# %% ../../nbs/100_callback.tracker.ipynb #f359add1
 class PlateauLR(MetricTracker):
     "Multiply the learning rate by `factor` whenever `monitor` stops improving, under any schedule."
     def __init__(self,
@@ -146,7 +146,7 @@ class PlateauLR(MetricTracker):
         self.sched.step(value)
         if self.scale < before:
             print(f"epoch {self.n_epochs}: no better {self.monitor} than {self.sched.best:.4f} for {self.sched.patience+1} epochs; "
-                  f"learning rate × {self.scale/before:g}, now × {self.scale:g} in all")
+                  f"learning rate times {self.scale/before:g}, {self.scale:g} in all")
 
     def state_dict(self) -> dict:
         "What this tracker remembers, torch's counters and the multiplier included."
