@@ -1,0 +1,161 @@
+"The recipes against torchvision: the same parameters, the same pixels for the same draw, independent draws."
+import pickle
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.stats import ks_2samp
+from torchvision import transforms as T
+from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import InterpolationMode
+
+from mstoolkit.augment import RandomErasing, augment_pipeline, augment_recipes, seed_pipeline
+
+
+@pytest.fixture(scope='module')
+def photo():
+    "A smooth picture with edges, 120×160."
+    y, x = np.mgrid[:120, :160].astype(np.float32)
+    im = np.stack([127+120*np.sin(x/17+y/31), 127+120*np.cos(y/13), 255*(((x-80)**2+(y-60)**2) < 1600)], -1)
+    return cv2.GaussianBlur(im.clip(0, 255).astype(np.uint8), (0, 0), 1)
+
+
+def tensor(im): return torch.from_numpy(im).permute(2, 0, 1)
+
+
+def parts(name): return augment_pipeline(name, 224).transforms
+
+
+def test_light_is_figure_1():
+    crop, h, v, rot, jit = parts('light')
+    assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (.8, 1.), (3/4, 4/3))
+    assert isinstance(h, A.HorizontalFlip) and isinstance(v, A.VerticalFlip) and h.p == v.p == .5
+    assert rot.limit == (-15, 15) and rot.p == 1 and rot.interpolation == cv2.INTER_NEAREST
+    assert (jit.brightness, jit.contrast, jit.saturation, jit.hue, jit.p) == ((.8, 1.2), (.8, 1.2), (.8, 1.2), (-.1, .1), 1)
+
+
+def test_affine_is_report_b():
+    crop, h, v, warp, jit, erase = parts('affine')
+    assert (crop.scale, crop.ratio) == ((.6, 1.2), (.75, 1.33))
+    assert warp.rotate == (-20, 20) and warp.shear == {'x': (-5, 5), 'y': (0, 0)} and warp.scale == {'x': (1, 1), 'y': (1, 1)}
+    assert warp.translate_percent == {'x': (-.1, .1), 'y': (-.1, .1)} and warp.p == 1
+    assert (erase.p, erase.scale, erase.ratio) == (.3, (.02, .15), (.3, 3.3))
+
+
+@pytest.mark.parametrize('name', ['light', 'affine'])
+def test_crops_are_distributed_as_torchvisions(name):
+    crop = parts(name)[0]
+    im, x = np.zeros((90, 120, 3), np.uint8), torch.zeros(3, 90, 120)
+    seed_pipeline(pipe := A.Compose([crop]), 0)
+    ours = []
+    for _ in range(3000):
+        pipe(image=im)
+        x0, y0, x1, y1 = crop.params['crop_coords']
+        ours.append((y0, x0, y1-y0, x1-x0))
+    torch.manual_seed(0)
+    theirs = [T.RandomResizedCrop.get_params(x, list(crop.scale), list(crop.ratio)) for _ in range(3000)]
+    for a, b in zip(zip(*ours), zip(*theirs)): assert ks_2samp(a, b).pvalue > 1e-3
+
+
+def test_erasing_is_distributed_as_torchvisions():
+    er, x = RandomErasing(p=1), torch.zeros(3, 64, 96)
+    seed_pipeline(A.Compose([er]), 0)
+    ours = [er.get_params_dependent_on_data(dict(shape=(64, 96, 3)), {}) for _ in range(3000)]
+    torch.manual_seed(0)
+    theirs = [T.RandomErasing.get_params(x, scale=(.02, .15), ratio=(.3, 3.3), value=None)[:4] for _ in range(3000)]
+    for i, k in enumerate('yxhw'): assert ks_2samp([o[k] for o in ours], [t[i] for t in theirs]).pvalue > 1e-3
+
+
+def test_erased_pixels_are_normal_once_normalised(photo):
+    er = RandomErasing(scale=(.9, .9), ratio=(1, 1), p=1)
+    seed_pipeline(pipe := A.Compose([er]), 3)
+    big = np.zeros((400, 400, 3), np.uint8)
+    out, p = pipe(image=big)['image'], er.params
+    box = out[p['y']:p['y']+p['h'], p['x']:p['x']+p['w']].reshape(-1, 3)/255
+    z = (box-np.array(er.mean))/np.array(er.std)
+    assert np.allclose(np.median(z, 0), 0, atol=.02) and np.allclose((abs(z) < 1).mean(0), .683, atol=.02)
+    assert not big.any()  # the input is not written to
+
+
+@pytest.mark.parametrize('op,params,ref', [
+    ('brightness', dict(brightness=1.15), lambda x: TF.adjust_brightness(x, 1.15)),
+    ('contrast', dict(contrast=.85), lambda x: TF.adjust_contrast(x, .85)),
+    ('saturation', dict(saturation=1.2), lambda x: TF.adjust_saturation(x, 1.2)),
+    ('hue', dict(hue=.08), lambda x: TF.adjust_hue(x, .08))])
+def test_jitter_gives_torchvisions_pixels(photo, op, params, ref):
+    jit = parts('light')[-1]
+    one = jit.apply(photo, **{**dict(brightness=1, contrast=1, saturation=1, hue=0, order=[0, 1, 2, 3]), **params})
+    err = abs(one.astype(int) - ref(tensor(photo)).permute(1, 2, 0).numpy())
+    assert err.mean() < (1.5 if op == 'hue' else 1), err.mean()  # OpenCV keeps the hue of uint8 images in steps of 2 degrees
+
+
+def test_jitter_is_applied_in_random_order(photo):
+    jit = parts('light')[-1]
+    seed_pipeline(A.Compose([jit]), 0)
+    assert len({tuple(jit.get_params()['order']) for _ in range(400)}) == 24
+
+
+def test_rotation_gives_torchvisions_pixels(photo):
+    rot = A.Rotate((11, 11), interpolation=cv2.INTER_NEAREST, p=1)
+    ours, ref = A.Compose([rot])(image=photo)['image'], TF.rotate(tensor(photo), 11).permute(1, 2, 0).numpy()
+    assert (abs(ours.astype(int)-ref).max(-1) > 24).mean() < .02  # a sub-pixel apart at edges
+    assert (ours[0, 0] == 0).all() and (ref[0, 0] == 0).all()
+
+
+def test_affine_gives_torchvisions_pixels(photo):
+    warp = A.Affine(rotate=(9, 9), translate_px={'x': (6, 6), 'y': (-4, -4)}, interpolation=cv2.INTER_NEAREST, p=1)
+    ours = A.Compose([warp])(image=photo)['image']
+    refs = [TF.affine(tensor(photo), angle, [6, -4], 1, [0, 0], InterpolationMode.NEAREST).permute(1, 2, 0).numpy() for angle in (9, -9)]
+    assert min((abs(ours.astype(int)-r).max(-1) > 24).mean() for r in refs) < .03  # the sign of the angle is drawn with even odds
+
+
+def test_resize_is_close_to_the_reports(photo):
+    "Report A resizes with PIL's antialiased bilinear filter; the area average stays within a grey level or two of it."
+    big = cv2.resize(photo, (500, 375), interpolation=cv2.INTER_CUBIC)
+    ref = np.asarray(T.Resize((224, 224))(T.ToPILImage()(big)))
+    err = abs(augment_pipeline('none', 224)(image=big)['image'].astype(int)-ref)
+    assert err.mean() < 1.5, err.mean()
+
+
+def test_flips_are_independent(photo):
+    "Under `set_random_seed` per item they would be one and the same."
+    pipe = A.Compose([A.HorizontalFlip(), A.VerticalFlip()])
+    seen = set()
+    for i in range(64):
+        out = seed_pipeline(pipe, 42, 0, i)(image=photo)['image']
+        seen |= {(h, v) for h in (0, 1) for v in (0, 1) if np.array_equal(out, photo[::-1 if v else 1, ::-1 if h else 1])}
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize('name', augment_recipes)
+def test_seeded_by_key_pickles_and_leaves_its_input_alone(photo, name):
+    pipe, before = augment_pipeline(name, 48), photo.copy()
+    outs = [seed_pipeline(p, 1, 2, 3)(image=photo)['image'] for p in (pipe, pickle.loads(pickle.dumps(pipe)), augment_pipeline(name, 48))]
+    assert all(np.array_equal(o, outs[0]) for o in outs) and np.array_equal(photo, before)
+    others = [seed_pipeline(pipe, 1, 2, i)(image=photo)['image'] for i in range(4, 12)]
+    assert (name == 'none') == all(np.array_equal(o, outs[0]) for o in others)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(list(augment_recipes)), *[st.integers(1, 90)]*4, st.integers(0, 2**32-1))
+def test_any_shape_in_the_asked_shape_out(name, h, w, oh, ow, seed):
+    out = seed_pipeline(augment_pipeline(name, (oh, ow)), seed)(image=np.full((h, w, 3), 99, np.uint8))['image']
+    assert out.shape == (oh, ow, 3) and out.dtype == np.uint8
+
+
+def test_upright_never_mirrors():
+    "An L stays an L: its foot stays right of its stem."
+    im = np.zeros((64, 64, 3), np.uint8)
+    im[10:54, 18:26] = im[46:54, 18:46] = 255
+    for i in range(50):
+        g = seed_pipeline(augment_pipeline('upright', 64), i)(image=im)['image'].mean(-1) > 100
+        assert g[34:, 36:].sum() > 3*g[:24, 36:].sum()
+
+
+def test_an_own_recipe_and_mistakes():
+    assert augment_pipeline(lambda s: A.Compose([A.Resize(s, s)]), 9)(image=np.zeros((3, 3, 3), np.uint8))['image'].shape == (9, 9, 3)
+    with pytest.raises(ValueError, match="unknown augmentation 'heavy'.*Known: affine"): augment_pipeline('heavy', 9)
+    with pytest.raises(ValueError, match='image size 0'): augment_pipeline('light', 0)
