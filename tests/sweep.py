@@ -23,18 +23,26 @@ def check_split(model):
     return len(groups)
 
 
-def check_backbone(name, n_out=7):
-    "Build `name` with both fusion heads, run it, split it; return what it is like."
-    with torch.device('meta'):
+def check_backbone(name, n_out=7, sizes=True, device='meta'):
+    "Build `name` with both fusion heads, run it, split it; return what it is like. `sizes`: try an odd image size too."
+    with torch.device(device), torch.no_grad():
         body = TimmStages(name, pretrained=False).eval()
         size = check_size(body, body.input_size)
-        xs = check_maps(body, size)
+        try: xs = check_maps(body, size)
+        except RuntimeError as e:
+            if 'meta tensors' in str(e): return check_backbone(name, n_out, sizes, 'cpu')  # it looks at numbers, so there must be some
+            raise
         for head in ('pyramid', 'gated'):
             model = MultiScaleModel(body, head_meta[head](body.channels, n_out))
             if model[1](xs).shape != (2, n_out): raise AssertionError(f'{head}: logits {tuple(model[1](xs).shape)}')
             n_groups = check_split(model)
-        s = max(body.strides)
-        any_size = not body.fixed_size
-        try: check_maps(body, (3*s + s//2 + 1, 2*s + 5)) if any_size else None
-        except RuntimeError: any_size = False
-    return dict(strides=body.strides, channels=body.channels, groups=n_groups, fixed=body.fixed_size, any_size=any_size, last=body.channels_last)
+        any_size = not body.fixed_size and (not sizes or takes_odd_sizes(body))
+    return dict(strides=body.strides, channels=body.channels, groups=n_groups, fixed=body.fixed_size, any_size=any_size, last=body.channels_last,
+                device=device)
+
+
+def takes_odd_sizes(body):
+    s = max(body.strides)
+    try: check_maps(body, (3*s + s//2 + 1, 2*s + 5))
+    except (AssertionError, RuntimeError, ValueError): return False
+    return True

@@ -179,8 +179,7 @@ KINDS = ['resnet18', 'resnest14d', 'swin_tiny_patch4_window7_224', 'mambaout_fem
 @pytest.mark.parametrize('name', KINDS)
 def test_backbone_maps_are_channels_first_and_split_whole(name):
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
-    free = [((64, 96), 3)]
-    if name != 'dla34': free += [((70, 101), 2), ((33, 64), 4)]  # timm's DLA takes whole multiples only
+    free = [((64, 96), 3)] if name == 'dla34' else [((70, 101), 2), ((33, 64), 4)]  # timm's DLA takes whole multiples only
     for hw, n in [((224, 224), 3)] if fixed else free:
         with torch.device('meta'):
             model = multiscale_model(name, 'gated', 5, pretrained=False, n_stages=n).eval()
