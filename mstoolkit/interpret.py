@@ -36,10 +36,10 @@ def history_frame(
     if not len(df): raise ValueError("there is nothing to show yet: no epoch of training has ended")
     return df
 
-# %% ../nbs/140_interpret.ipynb #80986587
+# %% ../nbs/140_interpret.ipynb #e73ed5dd
 # Okabe and Ito's palette, which colour-blind readers tell apart too: https://jfly.uni-koeln.de/color/
 _blue, _orange, _green, _grey = '#0072B2', '#D55E00', '#009E73', '#999999'
-_shades = '#E69F00', '#56B4E9', '#009E73', '#CC79A7', '#0072B2', '#D55E00', '#F0E442', '#000000'
+palette = '#E69F00', '#56B4E9', '#009E73', '#CC79A7', '#0072B2', '#D55E00', '#F0E442', '#000000'
 _not_metrics = 'phase', 'epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'mixed', 'seconds', 'data_wait'
 
 def _columns(df):
@@ -59,7 +59,7 @@ def _line(ax, df, column, label, **kw):
     values = pd.to_numeric(df[column]) if column in df else pd.Series(dtype=float)
     if values.notna().any(): ax.plot(df.epoch, values, label=label, marker='o', markersize=3, linewidth=1.6, **kw)
 
-# %% ../nbs/140_interpret.ipynb #2fdc0924
+# %% ../nbs/140_interpret.ipynb #14ea476c
 def _draw_losses(ax, df):
     _line(ax, df, 'train_loss', 'training', color=_blue)
     _line(ax, df, 'valid_loss', 'validation', color=_orange)
@@ -69,15 +69,15 @@ def _draw_metrics(ax, df):
     mixed = 'mixed' in df and df['mixed'].any()
     _line(ax, df, 'train_accuracy', 'training, λ-weighted where mixed' if mixed else 'training', color=_blue, linestyle='--' if mixed else '-')
     names = _columns(df)[0]
-    for name, color in zip(names, (_orange, _green, *_shades)): _line(ax, df, name, f'validation {name}'.replace('_', ' '), color=color)
+    for name, color in zip(names, (_orange, _green, *palette)): _line(ax, df, name, f'validation {name}'.replace('_', ' '), color=color)
     ax.set(title='Accuracy' if names == ['accuracy'] else 'Metrics', ylabel='share correct' if names == ['accuracy'] else 'metric')
 
 def _draw_rates(ax, df):
     lrs = _columns(df)[1]
-    for i, c in enumerate(lrs): _line(ax, df, c, f'group {i}' + (' (head)' if i and i == len(lrs)-1 else ''), color=_shades[i % len(_shades)])
+    for i, c in enumerate(lrs): _line(ax, df, c, f'group {i}' + (' (head)' if i and i == len(lrs)-1 else ''), color=palette[i % len(palette)])
     ax.set(title="Learning rate (each epoch's last step)", ylabel='learning rate', yscale='log')
 
-# %% ../nbs/140_interpret.ipynb #cc98dc0f
+# %% ../nbs/140_interpret.ipynb #edaa440e
 def plot_curves(
     history: Learner|RunHistory|pd.DataFrame|str|Path, # a learner, its history, the table itself, or a `history.csv`
     *,
@@ -91,6 +91,7 @@ def plot_curves(
         for e in frozen: ax.axvspan(e-.5, e+.5, color='#EEEEEE', linewidth=0, label='body frozen' if e == frozen.iloc[0] else None)
         draw(ax, df)
         if best: ax.axvline(best[0], color=_grey, linestyle=':', linewidth=1.5, label=best[1] if draw is _draw_metrics else None)
-        ax.set(xlabel='epoch', xlim=(df.epoch.min()-.5, df.epoch.max()+.5)); ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1)); ax.grid(alpha=.25)
+        ax.set(xlabel='epoch', xlim=(df.epoch.min()-.5, df.epoch.max()+.5))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1)); ax.grid(alpha=.25)
         if ax.get_legend_handles_labels()[0]: ax.legend(fontsize='small')
     return fig
