@@ -97,30 +97,29 @@ def predict(
     write_predictions(df, out, zip=zip)
     print(f"{len(df):,} predictions in {file}")
 
-# %% ../nbs/210_cli.ipynb #1684061b
+# %% ../nbs/210_cli.ipynb #d7947434
 @app.command()
 def params(
     backbone: Annotated[str, typer.Option(help="any timm architecture")] = 'resnest101e',
     classes: Annotated[int, typer.Option(help="number of classes of the fusion heads")] = 100,
 ):
     "Count the parameters of the plain, pyramid and gated models (Report A, table 2)."
-    from mstoolkit.models.fusion import count_params
+    from mstoolkit.learner import count_params
     own = 1000 if backbone == 'resnest101e' else classes
     rows = (backbone, 'plain', own), (f'{backbone} + pyramid fusion', 'pyramid', classes), (f'{backbone} + gated fusion', 'gated', classes)
     for title, head, n in rows:
         print(f"{title:<40} {count_params(backbone, head, n):>14,}  ({n} classes)")
 
-# %% ../nbs/210_cli.ipynb #41dbd963
+# %% ../nbs/210_cli.ipynb #9986864a
 @app.command()
 def data(
     name: Annotated[str, typer.Argument(help="navon, digits or fashion-mnist")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
-    seed: Annotated[int, typer.Option(help="seed of what is drawn or split")] = 42,
 ):
     "Make a folder of images to try things on: navon (drawn), digits (scikit-learn's scans), fashion-mnist."
     check_new(out, 'data folder')
     from mstoolkit.datasets import make_data
-    print(f"made {make_data(name, out, seed=seed)}")
+    print(f"made {make_data(name, out)}")
 
 # %% ../nbs/210_cli.ipynb #b6e8b1d4
 @app.command()
@@ -131,7 +130,7 @@ def demo(
     from mstoolkit.demo import demo as run
     run(out)
 
-# %% ../nbs/210_cli.ipynb #8cfa1f6c
+# %% ../nbs/210_cli.ipynb #354aca8a
 def _one_line(e: Exception) -> str:
     "What went wrong, in one line."
     text = f'{e.strerror}: {e.filename!r}' if isinstance(e, OSError) and e.strerror and e.filename else str(e) or type(e).__name__
@@ -144,7 +143,7 @@ def main(
     os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
     try: app(args, prog_name='mstoolkit')
     except SystemExit as e: return e.code or 0
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)
         return 2

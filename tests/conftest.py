@@ -1,0 +1,53 @@
+"A small folder of images that a small network learns in seconds."
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+os.environ.setdefault('MPLBACKEND', 'agg')  # no test opens a window
+
+
+CLASSES = ['2', '10', 'red apple']
+COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
+
+
+def write_images(folder: Path, n: int, colour, rng):
+    "`n` noisy images of one colour."
+    folder.mkdir(parents=True)
+    for i in range(n):
+        im = np.clip(rng.normal(colour, 25, (40, 48, 3)), 0, 255).astype(np.uint8)
+        cv2.imwrite(str(folder/f'{i}.png'), im)
+
+
+@pytest.fixture(scope='session')
+def image_folder_(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp('images')/'data', np.random.default_rng(0)
+    for c, colour in zip(CLASSES, COLOURS):
+        write_images(root/'train'/c, 8, colour, rng)
+        write_images(root/'val'/c, 4, colour, rng)
+        write_images(root/'test'/c, 3, colour, rng)
+    return root
+
+
+@pytest.fixture
+def image_folder(image_folder_, tmp_path):
+    "train/, val/ and test/ with three classes; a copy that a test may spoil."
+    return Path(shutil.copytree(image_folder_, tmp_path/'data'))
+
+
+TINY = dict(backbone='test_resnet', pretrained=False, size=32, epochs=1, bs=8, num_workers=0, augment='none', device='cpu')
+
+
+@pytest.fixture
+def tiny():
+    "Recipe fields of a run that takes a second."
+    return dict(TINY)
+
+
+@pytest.fixture
+def tiny_options():
+    "The same as command-line options."
+    return [o for k, v in TINY.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)])]

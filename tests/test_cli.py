@@ -1,0 +1,129 @@
+"The command line: what it does, how fast it answers, and one clear line for every mistake."
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pandas as pd
+import pytest
+from mstoolkit.artifact import read_header
+from mstoolkit.cli import main
+from mstoolkit.recipe import load_recipe
+
+
+@pytest.fixture
+def run_folder(image_folder, tiny_options, tmp_path):
+    assert main(['train', str(image_folder), '--recipe', 'gate', '--out', str(tmp_path/'runs'/'gate'), *tiny_options]) == 0
+    return tmp_path/'runs'/'gate'
+
+
+@pytest.mark.parametrize('code', ['import mstoolkit.cli', 'from mstoolkit.cli import main; main(["--help"])',
+                                  'from mstoolkit.cli import main; main(["train", "--help"])'])
+def test_help_loads_neither_torch_nor_fastai(code):
+    check = f'{code}\nimport sys; print([m for m in ("torch", "fastai", "timm", "albumentations", "pandas", "matplotlib") if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', check], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == '[]'
+
+
+def test_train_then_predict(run_folder, image_folder, tmp_path, capsys):
+    for f in ('recipe.toml', 'history.csv', 'model.safetensors', 'environment.json', 'figures/curves.png'): assert (run_folder/f).stat().st_size, f
+    assert len(pd.read_csv(run_folder/'history.csv')) == 1
+    assert read_header(run_folder).classes == ['2', '10', 'red apple']
+    assert load_recipe(run_folder/'recipe.toml').size == 32
+    csv = tmp_path/'prediction.csv'
+    assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(csv), '--top-k', '2', '--confidence']) == 0
+    df = pd.read_csv(csv, dtype={'image_name': str, 'pred_label': str})
+    assert list(df) == ['image_name', 'pred_label', 'confidence', 'label_1', 'confidence_1', 'label_2', 'confidence_2']
+    assert len(df) == 9 and list(df.image_name) == sorted(df.image_name) and df.image_name[0] == '10/0'
+    assert set(df.pred_label) <= {'2', '10', 'red apple'}
+    assert ((df.confidence_1 >= df.confidence_2) & (df.confidence_1 + df.confidence_2 <= 1.00001)).all()
+    capsys.readouterr()
+    assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(csv)]) == 2  # nothing is overwritten
+    assert 'already exists' in capsys.readouterr().err
+    assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(csv), '--zip']) == 0
+    with zipfile.ZipFile(csv.with_suffix('.zip')) as z: assert z.namelist() == ['prediction.csv']
+
+
+def test_a_run_folder_is_never_overwritten(run_folder, image_folder, tiny_options, capsys):
+    before = {p: p.read_bytes() for p in run_folder.rglob('*') if p.is_file()}
+    assert main(['train', str(image_folder), '--out', str(run_folder), *tiny_options]) == 2
+    assert 'already exists and nothing is ever overwritten' in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in run_folder.rglob('*') if p.is_file()}
+
+
+def test_params(capsys):
+    assert main(['params']) == 0
+    out = capsys.readouterr().out
+    assert [n for n in ('48,275,016', '54,295,236', '51,704,004') if n in out] == ['48,275,016', '54,295,236', '51,704,004']
+
+
+def test_data(tmp_path, capsys):
+    assert main(['data', 'digits', str(tmp_path/'digits')]) == 0
+    assert (tmp_path/'digits'/'train'/'7').is_dir()
+    assert main(['data', 'digits', str(tmp_path/'digits')]) == 2
+    assert main(['data', 'digit', str(tmp_path/'x')]) == 2
+    assert "did you mean 'digits'" in capsys.readouterr().err and not (tmp_path/'x').exists()
+
+
+def test_python_m(): assert 'train' in subprocess.run([sys.executable, '-m', 'mstoolkit', '-h'], capture_output=True, text=True, check=True).stdout
+
+
+# each: options over the tiny ones, what the message says, how to spoil the folder first
+def empty(d): [f.unlink() for f in d.rglob('*.png')]
+def one_class(d): [shutil.rmtree(d/s/c) for s in ('train', 'val') for c in ('2', '10')]
+def empty_class(d): [f.unlink() for f in (d/'train'/'10').iterdir()]
+def stray_class(d): (d/'train'/'2').rename(d/'gone')
+def no_folder(d): d.rename(d.with_name('gone'))
+
+
+@pytest.mark.parametrize('options,says,spoil', [
+    ([], 'no such folder|there is no|does not exist', no_folder),
+    ([], 'no images', empty),
+    ([], 'one class|two classes', one_class),
+    ([], "'10'", empty_class),
+    ([], "'2'", stray_class),
+    (['--backbone', 'resnest101'], 'resnest101e', None),
+    (['--head', 'gatd'], "did you mean 'gated'", None),
+    (['--recipe', 'gaet'], "did you mean 'gate'", None),
+    (['--recipe', 'none.toml'], 'there is no recipe file', None),
+    (['--augment', 'ligth'], "did you mean 'light'", None),
+    (['--size', '8', '--backbone', 'test_resnet'], 'stride', None),
+    (['--device', 'cuda:7'], 'was asked for and torch sees', None),
+    (['--pretrained', '--backbone', 'resnet18'], '--weights-file.*--no-pretrained', None),
+    (['--weights-file', 'none.safetensors'], 'none.safetensors', None),
+    (['--schedule', 'fine-tune'], 'not pretrained', None),
+    (['--precision', 'fp16'], 'needs a CUDA GPU', None),
+    (['--cutmix', '.7', '--mixup', '.7'], 'sum to 1 or less', None),
+    (['--cutmix-alpha', '1,x'], 'neither a number nor a range', None),
+    (['--valid', 'vall'], 'vall', None),
+    (['--out', '/proc/run'], '/proc/run', None),
+])
+def test_a_mistake_is_one_line_and_leaves_nothing(options, says, spoil, image_folder, tiny_options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    if spoil: spoil(image_folder)
+    out = [] if '--out' in options else ['--out', str(tmp_path/'runs'/'a')]
+    assert main(['train', str(image_folder), *out, *tiny_options, *options]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and re.search(says, err, re.I), err
+    assert not (tmp_path/'runs').exists()
+
+
+@pytest.mark.parametrize('content,says', [(b'nothing', 'is not a model file'), (None, 'there is no model file')])
+def test_predict_refuses_what_is_no_model(content, says, image_folder, tmp_path, capsys):
+    f = tmp_path/'m.safetensors'
+    if content: f.write_bytes(content)
+    assert main(['predict', str(f), str(image_folder/'test'), '--out', str(tmp_path/'p.csv')]) == 2
+    err = capsys.readouterr().err
+    assert says in err and len(err.splitlines()) == 1 and not (tmp_path/'p.csv').exists()
+
+
+def test_unreadable_images_are_named(run_folder, image_folder, tmp_path, capsys):
+    (image_folder/'test'/'2'/'1.png').write_bytes(b'\x89PNG broken')
+    (image_folder/'test'/'10'/'2.png').write_bytes(b'')
+    out = tmp_path/'p.csv'
+    assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(out)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert '2/1.png' in err and '10/2.png' in err and '--on-bad skip' in err and not out.exists()
+    assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(out), '--on-bad', 'skip']) == 0
+    assert '2/1.png' in capsys.readouterr().err and len(pd.read_csv(out)) == 7
