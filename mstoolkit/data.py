@@ -263,7 +263,7 @@ def unreadable_images(
     with ThreadPoolExecutor(os.cpu_count()) as ex: whys = list(track(ex.map(attempt, files), 'check images', total=len(files)))
     return {f: why for f, why in zip(files, whys) if why}
 
-# %% ../nbs/080_data.ipynb #e12635de
+# %% ../nbs/080_data.ipynb #5eb69cd9
 def image_dls(
     path: str|Path, # folder of images; also what relative paths of a table are relative to
     *,
@@ -292,6 +292,7 @@ def image_dls(
     if not va: tr, va = stratified_split(tr, .2 if valid_pct is None else valid_pct, seed)
     tfms = [[AugmentImage(augment, size, 0), AugmentImage('none', size, 1)], [LabelOf(), Categorize(vocab=names, sort=False)]]
     ds = Datasets(tr+va, tfms=tfms, splits=[range(len(tr)), range(len(tr), len(tr)+len(va))])
+    ds.tls[0].types[0] = (Sample, Path, str, Image.Image, np.ndarray)  # what `predict` and `test_dl` may be given
     workers = default_workers(len(tr)) if num_workers is None else num_workers
     dls = ds.dataloaders(bs=min(bs, len(tr)), dl_type=ImageDL, num_workers=workers, after_batch=[NormalizeUint8(mean, std)], device=device, path=path,
                          pin_memory=torch.cuda.is_available())
