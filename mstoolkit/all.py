@@ -7,10 +7,11 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #70e14a84
+# %% ../nbs/900_all.ipynb #69277222
 from fastai.vision.all import *
 
 from .artifact import *
+from .attribution import *
 from .augment import *
 from .callback.mix import *
 from .callback.progress import *

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 __all__ = ['optimizers', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'environment', 'free_run_folder', 'KeepModel',
            'train']
 
-# %% ../nbs/170_train.ipynb #e7ab3f57
+# %% ../nbs/170_train.ipynb #bc3fadb4
 import itertools
 import json
 import platform
@@ -34,7 +34,7 @@ from .callback.schedule import fit_warm_restarts
 from .callback.tracker import EarlyStop, KeepBest, PlateauLR
 from .core import atomic_path, check_new, new_folder, pick_device, seed_everything, write_text
 from .data import image_dls
-from .interpret import plot_curves
+from .interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .recipe import Recipe, load_recipe, save_recipe
@@ -152,7 +152,7 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None) -> dict:
     finally: _draw(learn, run, r.monitor)
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows)}
 
-# %% ../nbs/170_train.ipynb #aadcab9e
+# %% ../nbs/170_train.ipynb #74608068
 def train(
     recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
     data: str|Path, # folder of images
@@ -177,6 +177,7 @@ def train(
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
         t0 = time.perf_counter()
         result = _fit_into(learn, r, run, cbs)
+        write_text(run/'valid_predictions.csv', valid_predictions(learn).to_csv(index=False))
         env.update(result, seconds=round(time.perf_counter()-t0, 1))
         write_text(run/'environment.json', json.dumps(env, indent=1))
         print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
