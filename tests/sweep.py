@@ -1,7 +1,7 @@
 """What is asked of every backbone, on the meta device: shapes are computed, numbers are not, so the largest model takes no memory."""
 import torch
 
-from mstoolkit.models.backbone import TimmStages, check_size
+from mstoolkit.models.backbone import TimmStages, canonical_key, check_size
 from mstoolkit.models.fusion import MultiScaleModel, head_meta
 from mstoolkit.models.split import stage_splitter
 
@@ -9,6 +9,8 @@ from mstoolkit.models.split import stage_splitter
 def check_maps(body, size):
     "The backbone gives the maps it promises for images of `size`; return them."
     xs = body(torch.empty(2, 3, *size))
+    keys = [canonical_key(k) for k in body.net.state_dict()]
+    if len(set(keys)) < len(keys): raise AssertionError('two tensors have one canonical name')
     if [x.shape[1] for x in xs] != body.channels: raise AssertionError(f'maps {[tuple(x.shape) for x in xs]}, promised channels {body.channels}')
     if not all(a.shape[2] >= b.shape[2] and a.shape[3] >= b.shape[3] for a, b in zip(xs, xs[1:])): raise AssertionError('maps grow with depth')
     return xs
@@ -20,6 +22,7 @@ def check_split(model):
     covered = sorted(id(p) for g in groups for p in g) == sorted(id(p) for p in model.parameters())
     if not covered: raise AssertionError('split does not cover every parameter once')
     if not all(groups): raise AssertionError('split has an empty group')
+    if len(groups) < 4: raise AssertionError(f'split has {len(groups)} groups only')
     return len(groups)
 
 
@@ -42,7 +45,7 @@ def check_backbone(name, n_out=7, sizes=True, device='meta'):
 
 
 def takes_odd_sizes(body):
-    s = max(body.strides)
-    try: check_maps(body, (3*s + s//2 + 1, 2*s + 5))
+    (h, w), s = body.input_size, max(body.strides)
+    try: check_maps(body, (h + s//2 + 1, w + 5))
     except (AssertionError, RuntimeError, ValueError): return False
     return True

@@ -84,15 +84,16 @@ def _pretrained_kw(name: str) -> dict:
     if not _reachable(url): raise _no_download(name, f'{url} does not answer')
     return dict(pretrained=True)
 
-# %% ../../nbs/030_models.backbone.ipynb #989ab63c
-_wrappers = ('module.', '_orig_mod.', 'model.', 'body.', 'net.', '0.')  # DDP, torch.compile, timm's feature wrappers, ours
+# %% ../../nbs/030_models.backbone.ipynb #189e5a84
+_wrappers = ('module_', '_orig_mod_', 'model_', 'body_', 'net_', '0_')  # DDP, torch.compile, timm's feature wrappers, ours
 
 def canonical_key(
     key: str # name of a parameter or module in a timm model, wrapped or not
 ) -> str: # a name that no wrapper changes
     "`key` without wrappers' prefixes and with timm's two spellings, `stages.0` and `stages_0`, made one."
+    key = key.replace('.', '_')
     while p := next((w for w in _wrappers if key.startswith(w)), None): key = key[len(p):]
-    return key.replace('.', '_')
+    return key
 
 # %% ../../nbs/030_models.backbone.ipynb #8cb4af2d
 def _why(e: Exception) -> str: return str(e).partition('\n')[0] or type(e).__name__ # the first line of an error's text

@@ -7,30 +7,40 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.split.html.md"""
 # %% auto #0
 __all__ = ['stage_splitter']
 
-# %% ../../nbs/040_models.split.ipynb #2bc7a8ee
+# %% ../../nbs/040_models.split.ipynb #ca3e7764
+from timm.models import group_parameters
 from torch import nn
 
 from .backbone import TimmStages, canonical_key, pick_stages
 
-# %% ../../nbs/040_models.split.ipynb #58aba275
-def _stage_ends(stages: TimmStages) -> list:
-    "The module after which each stage of the backbone ends, shallow to deep, as `canonical_key`s."
+# %% ../../nbs/040_models.split.ipynb #b2f83f96
+def _stage_ends(stages: TimmStages, keys: list) -> list:
+    "For each stage, shallow to deep, the index among `keys` (canonical module names in order) of the last module in it, -1 when there is none."
     info = stages.info
     if len({o['stride'] for o in info}) == 1 and len(info) > 4: info = [info[i] for i in pick_stages([o['stride'] for o in info], 4)]
-    return [canonical_key(o['module']) for o in info]
+    inside = lambda key, end: key == end or key.startswith(f'{end}_')
+    return [max((i for i, k in enumerate(keys) if inside(k, canonical_key(o['module']))), default=-1) for o in info]
 
-# %% ../../nbs/040_models.split.ipynb #253fce30
-def _body_groups(stages: TimmStages) -> list:
-    "Parameters of the backbone by stage; what follows the last stage's module belongs to the last stage."
-    mods = [(canonical_key(n), m) for n, m in stages.net.named_modules()]
-    last = lambda end: max((i for i, (n, _) in enumerate(mods) if n == end or n.startswith(f'{end}_')), default=-1)
-    ends = sorted({last(e) for e in _stage_ends(stages)})[:-1]  # the last stage takes all that is left
-    groups, seen = [[] for _ in range(len(ends) + 1)], set()
-    for i, (_, m) in enumerate(mods):
-        ps = [p for p in m.parameters(recurse=False) if id(p) not in seen]  # a shared parameter counts where it is used first
-        groups[sum(i > e for e in ends)] += ps
-        seen.update(map(id, ps))
-    return [g for g in groups if g]
+def _by_order(net: nn.Module, at: dict, ends: list) -> dict: # parameter name -> number of its stage
+    stops = sorted(set(ends))[:-1]  # what follows the last stage's module belongs to the last stage
+    return {n: sum(at[n.rpartition('.')[0]] > s for s in stops) for n, _ in net.named_parameters()}
+
+# %% ../../nbs/040_models.split.ipynb #62ee6fda
+def _by_matcher(net: nn.Module, n: int = 4) -> dict: # parameter name -> number of its group; more than six groups are made `n` even ones
+    prefix, net = ('model.', net.model) if hasattr(net, 'model') else ('', net)  # timm's wrapper, where there is one
+    ids = group_parameters(net, net.group_matcher(coarse=True), reverse=True)
+    k = max(ids.values()) + 1
+    return {prefix + name: i*n//k if k > 6 else i for name, i in ids.items()}
+
+# %% ../../nbs/040_models.split.ipynb #f3fbb6d3
+def _body_groups(stages: TimmStages) -> list: # the backbone's parameters by stage
+    net, at = stages.net, {name: i for i, (name, _) in enumerate(stages.net.named_modules())}
+    ends = _stage_ends(stages, [canonical_key(k) for k in at])
+    clear = -1 not in ends and len(set(ends)) == len(ends)
+    stage = _by_order(net, at, ends) if clear or not hasattr(getattr(net, 'model', net), 'group_matcher') else _by_matcher(net)
+    groups = {}
+    for name, p in net.named_parameters(): groups.setdefault(stage[name], []).append(p)
+    return [groups[k] for k in sorted(groups)]
 
 # %% ../../nbs/040_models.split.ipynb #65f0c4b6
 def stage_splitter(
