@@ -1,0 +1,330 @@
+"DataLoaders: agreement with Pillow, determinism, errors, and everything a fastai user does with them."
+from io import BytesIO
+
+import cv2
+import fastai.callback.all  # noqa: F401  the Learner methods that a notebook has
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.vision.core import PILImage, TensorImage
+from PIL import Image
+from torch import nn
+
+from mstoolkit.data import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
+from mstoolkit.image import ImageError
+
+matplotlib.use('Agg')
+COLOURS = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Three classes of flat colours with noise, 40×40: any model learns them."
+    root, rng = tmp_path_factory.mktemp('colours'), np.random.default_rng(0)
+    for split, n in dict(train=16, val=6).items():
+        for c, rgb in COLOURS.items():
+            (root/split/c).mkdir(parents=True)
+            for i in range(n):
+                im = np.clip(rng.normal(rgb, 20, (40, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(im).save(root/split/c/f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def dls(folder): return image_dls(folder, size=24, bs=8, augment='light', num_workers=0, device='cpu')
+
+
+class Net(nn.Sequential):
+    "Mean colour, then a linear layer."
+    def __init__(self): super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+
+
+@pytest.fixture
+def learn(dls, tmp_path):
+    learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, lr=.1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    return learn
+
+
+def quiet(learn): return learn.no_bar()
+
+
+def test_batches(dls):
+    assert list(dls.vocab) == ['blue', 'green', 'red'] and dls.c == 3 and dls.n_inp == 1
+    assert (len(dls.train_ds), len(dls.valid_ds), input_size(dls)) == (48, 18, 24)
+    item = dls.train_ds[0]
+    assert item[0].dtype == torch.uint8 and item[0].shape == (3, 24, 24) and isinstance(item[0], TensorImage)
+    x, y = dls.one_batch()
+    assert x.dtype == torch.float32 and x.shape == (8, 3, 24, 24) and y.dtype == torch.int64
+
+
+def test_pixels_are_pillows(folder):
+    dls = image_dls(folder, size=20, augment='none', num_workers=0, device='cpu', mean=(0, 0, 0), std=(1, 1, 1))
+    x, y = dls.valid.one_batch()
+    for i, s in enumerate(dls.valid_ds.items):
+        ref = np.asarray(Image.open(s.path).resize((20, 20), Image.Resampling.BOX))
+        assert abs(x[i].permute(1, 2, 0).numpy()*255 - ref).mean() < 1.5
+        assert dls.vocab[y[i]] == s.label
+
+
+def test_normalisation_round_trip(dls):
+    set_stats(dls, (.5, .4, .3), (.2, .3, .4))
+    assert get_stats(dls) == ((.5, .4, .3), (.2, .3, .4))
+    x = TensorImage(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16).contiguous())
+    norm = dls.after_batch.fs[-1]
+    ref = (x.double()/255 - torch.tensor([.5, .4, .3]).view(3, 1, 1))/torch.tensor([.2, .3, .4]).view(3, 1, 1)
+    assert (norm(x)-ref).abs().max() < 1e-5 and x.dtype == torch.uint8
+    assert (norm.decode(norm(x))*255 - x).abs().max() < 1e-3
+    with pytest.raises(ValueError, match='not made by image_dls'): get_stats(type('D', (), {'loaders': []})())
+
+
+@pytest.mark.parametrize('augment', ['light', 'strong'])
+def test_same_seed_same_batches_whatever_the_workers(folder, augment):
+    def epochs(workers, seed=5):
+        dls = image_dls(folder, size=16, bs=8, augment=augment, num_workers=workers, device='cpu', seed=seed)
+        return [[(x, y) for x, y in dls.train] for _ in range(2)]
+    runs = [epochs(w) for w in (0, 1, 3)]
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run): assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b)) and len(a) == len(b)
+    flat = lambda e: torch.cat([x.sum((1, 2, 3)) for x, _ in e]).sort()[0]
+    assert not torch.equal(flat(runs[0][0]), flat(runs[0][1])) and not torch.equal(flat(runs[0][0]), flat(epochs(0, 6)[0]))
+
+
+def test_same_batches_wherever_the_folder_lies(folder, tmp_path):
+    import shutil
+    shutil.copytree(folder, tmp_path/'elsewhere')
+    a, b = ([x for x, _ in image_dls(p, size=16, num_workers=0, device='cpu').train] for p in (folder, tmp_path/'elsewhere'))
+    assert all(torch.equal(x, u) for x, u in zip(a, b))
+
+
+def test_two_copies_of_an_image_are_augmented_differently(tmp_path):
+    im = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+    for c in 'ab':
+        (tmp_path/c).mkdir()
+        for i in range(8): im.save(tmp_path/c/f'{i}.png')
+    dls = image_dls(tmp_path, size=16, bs=12, num_workers=2, device='cpu', valid_pct=.2)
+    x = dls.one_batch()[0]
+    assert len({t.numpy().tobytes() for t in x}) == len(x)
+
+
+def test_splits(folder):
+    dls = image_dls(folder, size=16, valid_pct=.25, device='cpu', num_workers=0)
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (36, 12)
+    assert len(image_dls(folder, size=16, valid=None, device='cpu', num_workers=0).valid_ds) == 9
+    held = [{s.path for s in image_dls(folder, folds=4, fold=k, size=16, device='cpu').valid_ds.items} for k in range(4)]
+    assert len(set.union(*held)) == sum(map(len, held)) == 48
+
+
+def test_table_and_list(folder):
+    files = sorted((folder/'train').rglob('*.png'))
+    df = pd.DataFrame({'path': [f.relative_to(folder) for f in files], 'label': [f.parent.name for f in files]})
+    assert len(image_dls(folder, csv=df, size=16, device='cpu').train_ds) == 39
+    order = ['red', 'green', 'blue']
+    (folder/'train.txt').write_text(''.join(f'{f.relative_to(folder)}, {order.index(f.parent.name)}\n' for f in files))
+    (folder/'val.txt').write_text(''.join(f'{f.relative_to(folder)}, {order.index(f.parent.name)}\n' for f in sorted((folder/'val').rglob('*.png'))))
+    (folder/'classes.txt').write_text('\n'.join(order))
+    dls = image_dls(folder, train='train.txt', vocab=folder/'classes.txt', size=16, device='cpu')
+    assert list(dls.vocab) == order and len(dls.valid_ds) == 18
+    assert {s.label == s.path.parent.name for s in dls.train_ds.items+dls.valid_ds.items} == {True}
+
+
+@pytest.mark.parametrize('kind', ['missing', 'empty', 'one class', 'no images'])
+def test_user_mistakes(tmp_path, kind):
+    make = {'missing': (), 'empty': (), 'one class': ('train/a/1.png',), 'no images': ('train/a/readme.txt',)}[kind]
+    for f in make:
+        (tmp_path/f).parent.mkdir(parents=True)
+        Image.new('RGB', (9, 9)).save(tmp_path/f) if f.endswith('png') else (tmp_path/f).touch()
+    path = tmp_path/'nope' if kind == 'missing' else tmp_path
+    exc, msg = {'missing': (FileNotFoundError, 'there is no folder'), 'empty': (ValueError, 'there are no images'),
+                'one class': (ValueError, "only one class, 'a'"), 'no images': (ValueError, 'there are no images')}[kind]
+    with pytest.raises(exc, match=msg): image_dls(path, size=16)
+
+
+def test_more_mistakes(folder):
+    with pytest.raises(ValueError, match="unknown augmentation 'lite'"): image_dls(folder, augment='lite')
+    with pytest.raises(ValueError, match="unknown on_bad 'ignore'"): image_dls(folder, on_bad='ignore')
+
+
+@pytest.fixture
+def spoiled(folder, tmp_path):
+    import shutil
+    shutil.copytree(folder, tmp_path/'spoiled')
+    f = tmp_path/'spoiled'/'train'/'red'/'3.png'
+    f.write_bytes(f.read_bytes()[:300])
+    return tmp_path/'spoiled'
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_bad_image_is_named(spoiled, workers):
+    dls = image_dls(spoiled, size=16, num_workers=workers, device='cpu')
+    with pytest.raises(ImageError) as e: list(dls.train)
+    assert str(e.value).startswith(str(spoiled/'train'/'red'/'3.png')) and '\n' not in str(e.value) and "on_bad='skip'" in str(e.value)
+    assert e.value.kind in ('truncated', 'damaged')
+
+
+def test_a_bad_image_is_skipped(spoiled, capsys):
+    dls = image_dls(spoiled, size=16, num_workers=0, device='cpu', on_bad='skip')
+    assert [f.name for f in dls.left_out] == ['3.png'] and len(dls.train_ds) == 47
+    assert 'left out: ' in capsys.readouterr().out
+    assert len(list(dls.train))
+
+
+def test_a_file_that_vanishes_is_named(spoiled):
+    dls = image_dls(spoiled, size=16, num_workers=0, device='cpu')
+    (spoiled/'val'/'red'/'0.png').unlink()
+    with pytest.raises(ImageError, match='0.png cannot be read: No such file') as e: list(dls.valid)
+    assert e.value.kind == 'missing'
+
+
+def test_unreadable_images(spoiled):
+    files = sorted((spoiled/'train').rglob('*.png'))
+    bad = unreadable_images(files)
+    assert list(bad) == [spoiled/'train'/'red'/'3.png']
+
+
+def test_links_uppercase_and_hidden(folder, tmp_path):
+    for c in ('red', 'blue'):
+        (tmp_path/'train'/c).mkdir(parents=True)
+        for i in range(4): (tmp_path/'train'/c/f'{i}.PNG').symlink_to(folder/'train'/c/f'{i}.png')
+        (tmp_path/'train'/c/'._0.png').write_bytes(b'junk')
+    dls = image_dls(tmp_path, size=16, bs=2, device='cpu')
+    assert len(dls.train_ds)+len(dls.valid_ds) == 8 and len(list(dls.train))
+
+
+def test_decode_side_leaves_enough_for_the_smallest_crop():
+    assert AugmentImage('none', 224, 1).decode_side == 224
+    assert AugmentImage('light', 224, 0).decode_side == 251  # 224/sqrt(.8)
+    assert AugmentImage('shift', 32, 0).decode_side == 32
+
+
+def test_workers(monkeypatch):
+    monkeypatch.setattr('os.sched_getaffinity', lambda _: range(64), raising=False)
+    assert (default_workers(100), default_workers(10**6)) == (0, 16)
+    monkeypatch.setattr('os.sched_getaffinity', lambda _: range(1), raising=False)
+    assert default_workers(10**6) == 0
+
+
+# what fastai does with them
+
+def test_show_batch_and_results(learn):
+    import matplotlib.pyplot as plt
+    learn.dls.show_batch(max_n=4)
+    learn.dls.train.show_batch(max_n=4, unique=True)
+    with quiet(learn): learn.show_results(max_n=4)
+    assert {ax.get_title() for f in plt.get_fignums() for ax in plt.figure(f).axes if ax.get_title()} <= set(
+        [a for a in COLOURS] + [f'{a}\n{b}' for a in COLOURS for b in COLOURS])
+    plt.close('all')
+
+
+def test_it_learns_and_validates(learn):
+    with quiet(learn): assert learn.validate()[1] == 1
+
+
+def test_predict(learn, folder):
+    f = folder/'val'/'green'/'0.png'
+    im = Image.open(f)
+    rgb = np.asarray(im)
+    with quiet(learn):
+        for item in (f, str(f), im, PILImage.create(f), rgb, np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])):
+            name, idx, probs = learn.predict(item)
+            assert name == 'green' and idx == 1 and probs.shape == (3,), type(item)
+
+
+def test_predict_gray(learn):
+    with quiet(learn):
+        a = [learn.predict(o)[2] for o in (np.full((9, 9), 200, np.uint8), Image.new('L', (9, 9), 200), Image.new('RGB', (9, 9), (200,)*3))]
+    assert torch.equal(a[0], a[1]) and torch.equal(a[1], a[2])
+
+
+def test_test_dl_keeps_order(learn, folder):
+    files = sorted((folder/'val').rglob('*.png'))
+    for items in (files, [str(f) for f in files]):
+        with quiet(learn): preds, _ = learn.get_preds(dl=learn.dls.test_dl(items))
+        assert [learn.dls.vocab[i] for i in preds.argmax(1)] == [f.parent.name for f in files]
+
+
+def test_get_preds_equals_the_model(learn):
+    with quiet(learn): preds, targs = learn.get_preds()
+    x, y = learn.dls.valid.one_batch()
+    with torch.no_grad(): ref = learn.model.eval()(x).softmax(1)
+    assert torch.equal(targs[:len(y)], y)
+    assert torch.allclose(preds[:len(y)].softmax(1) if preds.min() < 0 else preds[:len(y)], ref, atol=1e-5)
+
+
+def test_tta_augments(learn):
+    with quiet(learn):
+        a, y = learn.tta(n=2)
+        b, _ = learn.get_preds()
+        alone, _ = learn.tta(n=1, beta=1)
+    assert a.shape == b.shape and (a.argmax(1) == y).float().mean() == 1
+    assert not torch.allclose(a, b) and torch.allclose(alone, b)
+
+
+def test_interpretation(learn):
+    import matplotlib.pyplot as plt
+    with quiet(learn):
+        interp = ClassificationInterpretation.from_learner(learn)
+        assert np.array_equal(interp.confusion_matrix(), np.eye(3)*6)
+        interp.plot_top_losses(4)
+        interp.plot_confusion_matrix()
+        interp.print_classification_report()
+    plt.close('all')
+
+
+@pytest.mark.filterwarnings('ignore:load_learner:UserWarning')
+def test_export_and_load(learn, folder):
+    f = folder/'val'/'red'/'1.png'
+    learn.export('m.pkl')
+    again = load_learner(learn.path/'m.pkl')
+    with quiet(learn), quiet(again):
+        a, b = learn.predict(f), again.predict(f)
+    assert a[0] == b[0] == 'red' and torch.allclose(a[2], b[2])
+    assert list(again.dls.vocab) == ['blue', 'green', 'red'] and input_size(again.dls) == 24
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('how', ['to_fp16', 'to_bf16'])
+def test_mixed_precision(folder, tmp_path, how):
+    learn = getattr(Learner(image_dls(folder, size=16, device='cuda'), Net(), loss_func=CrossEntropyLossFlat(), path=tmp_path), how)()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=.01)
+
+
+def test_lr_find(learn):
+    import matplotlib.pyplot as plt
+    with quiet(learn): assert learn.lr_find(num_it=12, show_plot=False).valley > 0
+    plt.close('all')
+
+
+def test_image_loader(folder, spoiled):
+    files = sorted((spoiled/'train').rglob('*.png'))
+    for workers in (0, 2):
+        good, bad, n = [], {}, 0
+        for x, ok, errors in image_loader(files, 20, bs=7, num_workers=workers):
+            assert x.dtype == torch.uint8 and x.shape == (len(ok), 3, 20, 20)
+            good += ok; bad |= errors; n += len(ok)
+        assert good == [f for f in files if f != spoiled/'train'/'red'/'3.png'] and list(bad) == [spoiled/'train'/'red'/'3.png']
+    x = next(iter(image_loader(files[:3], 20)))[0]
+    valid = image_dls(folder, size=20, device='cpu', num_workers=0).test_dl(files[:3]).one_batch()[0]
+    assert torch.equal(NormalizeUint8((.485, .456, .406), (.229, .224, .225))(TensorImage(x)), valid)  # prediction sees what validation saw
+
+
+def test_only_bad_images_in_a_loader(tmp_path):
+    (tmp_path/'x.jpg').write_bytes(b'no')
+    x, ok, bad = next(iter(image_loader([tmp_path/'x.jpg'], 8)))
+    assert ok == [] and len(bad) == 1
+
+
+def test_large_jpegs_are_decoded_reduced(tmp_path):
+    im = cv2.resize(np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8), (800, 600), interpolation=cv2.INTER_CUBIC)
+    out = BytesIO()
+    Image.fromarray(im).save(out, 'JPEG', quality=95)
+    (tmp_path/'a.jpg').write_bytes(out.getvalue())
+    a = AugmentImage('none', 64, 1).encodes(tmp_path/'a.jpg')
+    ref = cv2.resize(im, (64, 64), interpolation=cv2.INTER_AREA)
+    assert abs(a.permute(1, 2, 0).numpy().astype(int)-ref).mean() < 2
