@@ -104,7 +104,7 @@ def plot_curves(
         if ax.get_legend_handles_labels()[0]: ax.legend(fontsize='small')
     return fig
 
-# %% ../nbs/140_interpret.ipynb #dd6cabd1
+# %% ../nbs/140_interpret.ipynb #08376b42
 def valid_predictions(
     learn: Learner, # a trained classifier
     dl: TfmdDL|None = None # labelled data; the learner's validation data when not given
@@ -113,16 +113,16 @@ def valid_predictions(
     dl = dl or learn.dls.valid
     with learn.no_bar(), learn.no_logging(): probs, y = learn.get_preds(dl=dl)
     vocab, i, y = np.asarray(learn.dls.vocab, dtype=object), probs.argmax(1).numpy(), y.numpy()
-    return pd.DataFrame(dict(image=_image_names(dl, len(y)), label=vocab[y].astype(str), pred_label=vocab[i].astype(str),
+    names = _image_names(dl, len(y), getattr(learn.dls, 'path', '.'))
+    return pd.DataFrame(dict(image=names, label=vocab[y].astype(str), pred_label=vocab[i].astype(str),
                              confidence=probs.max(1)[0].numpy(), label_confidence=probs[range(len(y)), y].numpy()))
 
-# %% ../nbs/140_interpret.ipynb #d9245276
-def _image_names(dl, n: int) -> list[str]:
-    "A name for each item: its path below the data folder, or its number where it is no file."
+# %% ../nbs/140_interpret.ipynb #e9d746e1
+def _image_names(dl, n: int, root: str|Path) -> list[str]:
+    "A name for each item: its path below `root`, or its number where it is no file."
     items = list(getattr(dl, 'items', range(n)))
     paths = [getattr(o, 'path', o) for o in items]
     if not all(isinstance(o, (str, Path)) for o in paths): return [str(i) for i in range(n)]
-    root = Path(getattr(dl, 'path', '.'))
     return [Path(o).relative_to(root).as_posix() if Path(o).is_relative_to(root) else str(o) for o in paths]
 
 # %% ../nbs/140_interpret.ipynb #fcf94000
