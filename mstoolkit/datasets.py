@@ -107,13 +107,13 @@ def _small(
     m[:, 2] += side/2 - np.array(g.shape[::-1])/2
     return cv2.warpAffine(cv2.blur(g, (3, 3)), m, (side, side))
 
-# %% ../nbs/070_datasets.ipynb #98b9a4d2
+# %% ../nbs/070_datasets.ipynb #7cf2f896
 def _colours(rng: np.random.Generator) -> tuple: # paper and ink, float32 RGB
-    "Two random colours at least 70 grey levels apart."
+    "Two random colours, the second at least 70 grey levels darker."
     luma = np.array([.299, .587, .114])
     while True:
-        a, b = rng.uniform(0, 255, (2, 3))
-        if abs(luma@(a-b)) >= 70: return a.astype(np.float32), b.astype(np.float32)
+        paper, ink = rng.uniform(0, 255, (2, 3))
+        if luma@(paper-ink) >= 70: return paper.astype(np.float32), ink.astype(np.float32)
 
 def _clutter(
     im: np.ndarray, # float32 H×W×3, changed in place
