@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #69277222
+# %% ../nbs/900_all.ipynb #39481545
 from fastai.vision.all import *
 
 from .artifact import *
@@ -16,6 +16,7 @@ from .augment import *
 from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
+from .callback.speed import *
 from .callback.tracker import *
 from .core import *
 from .data import *

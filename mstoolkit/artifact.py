@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/artifact.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'library_versions', 'ModelHeader', 'Classifier', 'read_header']
 
-# %% ../nbs/160_artifact.ipynb #6076f2a6
+# %% ../nbs/160_artifact.ipynb #335be980
 import json
 import platform
 from dataclasses import asdict, dataclass, field
@@ -24,6 +24,7 @@ from . import __version__
 from .core import atomic_path
 from .data import get_stats, input_size
 from .models.fusion import multiscale_model
+from .models.reports import load_report_model
 
 # %% ../nbs/160_artifact.ipynb #74e37b9c
 FORMAT = 1  # raised when older versions of the library could no longer read the file rightly
@@ -46,7 +47,7 @@ class ModelHeader:
     versions: dict = field(default_factory=library_versions) # that wrote the file
     format: int = FORMAT
 
-# %% ../nbs/160_artifact.ipynb #7694f94e
+# %% ../nbs/160_artifact.ipynb #db2a267d
 @dataclass(frozen=True)
 class Classifier:
     "A trained network with its header: all it takes to classify an image."
@@ -76,14 +77,32 @@ class Classifier:
         path: str|Path, # a model file, or a run folder that holds `model.safetensors`
         device: str|torch.device = 'cpu' # where to put the network
     ):
-        "Load a model file; nothing in it is ever executed."
-        header = read_header(path)
-        with safe_open(_model_file(path), 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
+        "Load a model file, or a checkpoint of Report A; nothing in it is ever executed."
+        file = _model_file(path)
+        if file.suffix in ('.pt', '.pth'): return cls.from_report(file, device=device)
+        header = read_header(file)
+        with safe_open(file, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
         model = multiscale_model(**header.config, pretrained=False)
         try: model.load_state_dict(state)
         except RuntimeError as e: raise ValueError(f"{path}: the tensors do not fit the network that the header names ({header.config['backbone']}): "
                                                    f"{str(e).splitlines()[-1].strip()}") from e
         return cls(model.to(device).eval(), header)
+
+    @classmethod
+    def from_report(cls,
+        path: str|Path, # a .pt or .pth file: the `state_dict` that a script of Report A saved
+        *,
+        backbone: str = 'resnest101e', # what it was made from; the file does not say
+        classes: list|None = None, # names in the order of the outputs; '0', '1', '2' … as the report's folders are called when not given
+        size: int = 224, # side of the images it was trained on
+        device: str|torch.device = 'cpu' # where to put the network
+    ):
+        "Load a checkpoint of Report A; its head is recognised by its keys."
+        model = load_report_model(path, backbone)
+        n = model.config['n_out']
+        classes = [str(i) for i in range(n)] if classes is None else [str(o) for o in classes]
+        if len(classes) != n: raise ValueError(f"{path} has {n} outputs and {len(classes)} class names were given")
+        return cls(model.to(device), ModelHeader(config=model.config, classes=classes, size=size, mean=model[0].mean, std=model[0].std))
 
 # %% ../nbs/160_artifact.ipynb #7f14930d
 def _model_file(path) -> Path:
@@ -93,7 +112,7 @@ def _model_file(path) -> Path:
     if not file.is_file(): raise FileNotFoundError(f"there is no model file {str(file)!r}")
     return file
 
-# %% ../nbs/160_artifact.ipynb #a6f2bb91
+# %% ../nbs/160_artifact.ipynb #c3d88101
 def read_header(
     path: str|Path # a model file, or a run folder that holds `model.safetensors`
 ) -> ModelHeader:
@@ -102,7 +121,8 @@ def read_header(
     try:
         with safe_open(file, 'pt') as f: meta = (f.metadata() or {}).get('mstoolkit')
     except SafetensorError as e: raise ValueError(f"{str(file)!r} is not a model file (safetensors): {e}") from e
-    if meta is None: raise ValueError(f"{str(file)!r} is a safetensors file without an mstoolkit header: it names neither network nor classes")
+    if meta is None: raise ValueError(f"{str(file)!r} is a safetensors file without an mstoolkit header: it names neither network nor classes; "
+                                        "`mstoolkit convert` gives one to a checkpoint of Report A")
     try: d = json.loads(meta)
     except json.JSONDecodeError as e: raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
     if d.get('format', 0) > FORMAT:

@@ -176,7 +176,7 @@ def image_dls(
     path = Path(path)
     choice(on_bad, ('error', 'skip'), 'on_bad')
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    tr, va = _samples(path, train, None if folds or valid_pct else valid, csv, group)
+    tr, va = _samples(path, train, None if folds else valid, csv, group)
     tr, va, left_out = _drop_bad(tr, va) if on_bad == 'skip' else (tr, va, {})
     names, tr, va = class_names(tr, va, vocab)
     if folds: tr, va = fold_split(tr, folds, fold, seed)

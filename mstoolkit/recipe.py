@@ -51,7 +51,7 @@ def _checked(
     if kind is tuple: return tuple(map(float, v)) if isinstance(v, (tuple, list)) else float(v)
     return v
 
-# %% ../nbs/150_recipe.ipynb #e39981cd
+# %% ../nbs/150_recipe.ipynb #3df25e5b
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Every choice of a training run."
@@ -91,6 +91,9 @@ class Recipe:
     stop_patience:int = _f(15, int, 'Training', "epochs without improvement before the run stops; -1 never stops", lo=-1)
     # machine
     device:str = _f('auto', str, 'Machine', "auto, cpu, cuda, cuda:N or mps")
+    memory_format:str = _f('auto', str, 'Machine', "auto times both on the first batch and keeps the faster",
+                           choices=('auto', 'contiguous', 'channels-last'))
+    compile:bool = _f(False, bool, 'Machine', "compile the network with torch.compile; pays on long runs, mostly on GPUs")
     precision:str = _f('fp32', str, 'Machine', "fp32, bf16 or fp16 arithmetic", choices=('fp32', 'bf16', 'fp16'))
     seed:int = _f(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
@@ -149,7 +152,7 @@ def save_recipe(
     "Write `recipe` to `path`, whole or not at all."
     return write_text(path, recipe_to_toml(recipe))
 
-# %% ../nbs/150_recipe.ipynb #232823e4
+# %% ../nbs/150_recipe.ipynb #ba5979a7
 _mix = Recipe(head='mlp', augment='affine', opt='adamw', wd=1e-2, schedule='warm-restarts', loss='cross-entropy', cutmix=.4, mixup=.4,
               cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6), plateau_patience=-1, stop_patience=-1)
 
@@ -161,6 +164,6 @@ recipes = {r.name: r for r in (
     replace(_mix, name='mix-resnext50', backbone='resnext50_32x4d.fb_swsl_ig1b_ft_in1k', epochs=200),
     replace(_mix, name='mix-resnext101', backbone='resnext101_32x8d.fb_swsl_ig1b_ft_in1k', epochs=310),
     replace(_mix, name='mix-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k_288', epochs=70),
-    Recipe(name='demo', backbone='resnet10t', head='gated', pretrained=False, size=64, augment='upright', epochs=8, bs=64, lr=4e-3, wd=.05,
+    Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='upright', epochs=10, bs=64, lr=5e-3, wd=.05,
            opt='adamw', schedule='one-cycle', cutmix=0., plateau_patience=-1, stop_patience=-1),
 )}

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 __all__ = ['optimizers', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'environment', 'free_run_folder', 'KeepModel',
            'train']
 
-# %% ../nbs/170_train.ipynb #bc3fadb4
+# %% ../nbs/170_train.ipynb #cd89c859
 import itertools
 import json
 import platform
@@ -31,6 +31,7 @@ from .artifact import Classifier, library_versions
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
 from .callback.schedule import fit_warm_restarts
+from .callback.speed import MemoryFormat
 from .callback.tracker import EarlyStop, KeepBest, PlateauLR
 from .core import atomic_path, check_new, new_folder, pick_device, seed_everything, write_text
 from .data import image_dls
@@ -53,7 +54,7 @@ def recipe_dls(
     return image_dls(data, size=r.size, bs=r.bs, augment=r.augment, num_workers=None if r.num_workers < 0 else r.num_workers, seed=r.seed,
                      valid_pct=r.valid_pct, device=pick_device(r.device), **kwargs)
 
-# %% ../nbs/170_train.ipynb #bf6c0fe0
+# %% ../nbs/170_train.ipynb #15d20929
 def recipe_learner(
     r: Recipe, # what to do
     dls: DataLoaders # from `recipe_dls`
@@ -65,10 +66,12 @@ def recipe_learner(
     loss = SmoothedCrossEntropy(r.smoothing) if r.loss == 'smoothed' else CrossEntropyLossFlat()
     cbs = [BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha, off_epochs=r.mix_off_epochs,
                     seed=r.seed)] if r.cutmix + r.mixup else []
+    cbs.append(MemoryFormat(r.memory_format))
     if r.precision != 'fp32': cbs.append(_precision_cb(r.precision, dls.device))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None, n_stages=r.n_stages,
                            loss_func=loss, opt_func=optimizers[r.opt], wd_bn_bias=True, metrics=accuracy, cbs=cbs)
     if r.schedule != 'fine-tune': learn.unfreeze()
+    if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are
     return learn
 
 # %% ../nbs/170_train.ipynb #837b3ccd
@@ -139,7 +142,7 @@ class KeepModel(KeepBest):
 
     def _check_mark(self): "A run folder has one writer."
 
-# %% ../nbs/170_train.ipynb #a60ac5c2
+# %% ../nbs/170_train.ipynb #26379b2a
 def _draw(learn: Learner, run: Path, monitor: str):
     "Draw the curves of the epochs that have ended."
     if not learn.run_history.rows: return
@@ -150,7 +153,9 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None) -> dict:
     learn.run_history.csv, keep = run/'history.csv', KeepModel(r.monitor, file=run/'model.safetensors')
     try: fit_recipe(learn, r, [keep, TrainProgress(), *(cbs or [])])
     finally: _draw(learn, run, r.monitor)
-    return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows)}
+    fmt = learn.memory_format
+    return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows),
+            'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds}
 
 # %% ../nbs/170_train.ipynb #74608068
 def train(

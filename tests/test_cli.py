@@ -127,3 +127,33 @@ def test_unreadable_images_are_named(run_folder, image_folder, tmp_path, capsys)
     assert '2/1.png' in err and '10/2.png' in err and '--on-bad skip' in err and not out.exists()
     assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(out), '--on-bad', 'skip']) == 0
     assert '2/1.png' in capsys.readouterr().err and len(pd.read_csv(out)) == 7
+
+
+def test_demo_leaves_curves_csv_and_model(tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+
+    import mstoolkit.demo
+    from mstoolkit.datasets import make_navon
+    from mstoolkit.recipe import recipes
+    make_navon(tmp_path/'demo'/'data', n_train=200, n_valid=100, n_test=20)  # the demo uses data that is there
+    monkeypatch.setitem(recipes, 'demo', replace(recipes['demo'], epochs=1, num_workers=0, device='cpu'))
+    assert main(['demo', '--out', str(tmp_path/'demo')]) == 0
+    run = tmp_path/'demo'/'runs'/'demo'
+    assert 'test accuracy' in capsys.readouterr().out
+    assert len(pd.read_csv(run/'prediction.csv')) == 20 and (run/'figures'/'curves.png').stat().st_size
+    assert mstoolkit.demo.demo(tmp_path/'demo') >= 0 and (tmp_path/'demo'/'runs'/'demo-2').is_dir()  # a second time keeps the first
+
+
+@pytest.mark.parametrize('head', ['pyramid', 'gated', 'plain'])
+def test_report_checkpoints_predict_and_convert(head, image_folder, tmp_path, capsys):
+    import torch
+    from test_reports import report_model
+    torch.manual_seed(0)
+    pt, classes = tmp_path/'best.pt', tmp_path/'classes.txt'
+    torch.save(report_model("resnest14d", head, 3).state_dict(), pt)
+    classes.write_text('ant\nbee\ncat\n')
+    model = tmp_path/'m.safetensors'
+    assert main(['convert', str(pt), str(model), '--classes', str(classes), '--backbone', 'resnest14d', '--size', '64']) == 0
+    assert read_header(model).classes == ['ant', 'bee', 'cat'] and read_header(model).config['head'] == head
+    assert main(['predict', str(model), str(image_folder/'test'), '--out', str(tmp_path/'p.csv')]) == 0
+    assert set(pd.read_csv(tmp_path/'p.csv').pred_label) <= {'ant', 'bee', 'cat'}

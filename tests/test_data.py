@@ -114,7 +114,7 @@ def test_two_copies_of_an_image_are_augmented_differently(tmp_path):
 
 
 def test_splits(folder):
-    dls = image_dls(folder, size=16, valid_pct=.25, device='cpu', num_workers=0)
+    dls = image_dls(folder, size=16, valid=None, valid_pct=.25, device='cpu', num_workers=0)
     assert (len(dls.train_ds), len(dls.valid_ds)) == (36, 12)
     assert len(image_dls(folder, size=16, valid=None, device='cpu', num_workers=0).valid_ds) == 9
     held = [{s.path for s in image_dls(folder, folds=4, fold=k, size=16, device='cpu').valid_ds.items} for k in range(4)]
