@@ -34,7 +34,7 @@ def test_notebooks_write_the_library(tmp_path):
     (tmp_path/'mstoolkit').mkdir()
     shutil.copy(ROOT/'mstoolkit'/'__init__.py', tmp_path/'mstoolkit')
     run(Path(sys.executable).with_name('nbdev-export'), cwd=tmp_path)
-    files = lambda d: sorted(p.relative_to(d).as_posix() for p in d.rglob('*') if p.is_file() and '__pycache__' not in p.parts)
+    files = lambda d: sorted(p.relative_to(d).as_posix() for p in d.rglob('*.py'))
     assert files(tmp_path/'mstoolkit') == files(ROOT/'mstoolkit')
     _, differ, _ = filecmp.cmpfiles(tmp_path/'mstoolkit', ROOT/'mstoolkit', files(ROOT/'mstoolkit'), shallow=False)
     assert not differ, f'run `make library`: {differ}'
@@ -74,9 +74,9 @@ def wheel(tmp_path_factory):
     return next((tmp/'dist').glob('*.whl'))
 
 
-def test_wheel_holds_every_module(wheel):
+def test_wheel_holds_every_module_and_template(wheel):
     packed = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith('mstoolkit/')}
-    assert packed == {p.relative_to(ROOT).as_posix() for p in (ROOT/'mstoolkit').rglob('*.py')}
+    assert packed == {p.relative_to(ROOT).as_posix() for p in (ROOT/'mstoolkit').rglob('*') if p.suffix in ('.py', '.html')}
 
 
 def test_wheel_works_outside_the_tree(wheel, tmp_path):
