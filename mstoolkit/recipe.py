@@ -51,7 +51,7 @@ def _checked(
     if kind is tuple: return tuple(map(float, v)) if isinstance(v, (tuple, list)) else float(v)
     return v
 
-# %% ../nbs/150_recipe.ipynb #3df25e5b
+# %% ../nbs/150_recipe.ipynb #5e1084c9
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Every choice of a training run."
@@ -88,7 +88,7 @@ class Recipe:
     monitor:str = _f('accuracy', str, 'Training', "what plateau, early stop and best model look at", choices=('accuracy', 'valid_loss'))
     plateau_patience:int = _f(5, int, 'Training', "epochs without improvement before the rate is cut; -1 never cuts", lo=-1)
     plateau_factor:float = _f(.25, float, 'Training', "what the rate is cut to, as a factor", above=0, hi=.999)
-    stop_patience:int = _f(15, int, 'Training', "epochs without improvement before the run stops; -1 never stops", lo=-1)
+    stop_patience:int = _f(15, int, 'Training', "epochs without improvement before the run stops; 0 never stops", lo=0)
     # machine
     device:str = _f('auto', str, 'Machine', "auto, cpu, cuda, cuda:N or mps")
     memory_format:str = _f('auto', str, 'Machine', "auto times both on the first batch and keeps the faster",
@@ -152,9 +152,9 @@ def save_recipe(
     "Write `recipe` to `path`, whole or not at all."
     return write_text(path, recipe_to_toml(recipe))
 
-# %% ../nbs/150_recipe.ipynb #ba5979a7
+# %% ../nbs/150_recipe.ipynb #a37743ff
 _mix = Recipe(head='mlp', augment='affine', opt='adamw', wd=1e-2, schedule='warm-restarts', loss='cross-entropy', cutmix=.4, mixup=.4,
-              cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6), plateau_patience=-1, stop_patience=-1)
+              cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6), plateau_patience=-1, stop_patience=0)
 
 recipes = {r.name: r for r in (
     Recipe(name='resnest', head='plain', loss='cross-entropy'),
@@ -165,5 +165,5 @@ recipes = {r.name: r for r in (
     replace(_mix, name='mix-resnext101', backbone='resnext101_32x8d.fb_swsl_ig1b_ft_in1k', epochs=310),
     replace(_mix, name='mix-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k_288', epochs=70),
     Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='upright', epochs=10, bs=64, lr=5e-3, wd=.05,
-           opt='adamw', schedule='one-cycle', cutmix=0., plateau_patience=-1, stop_patience=-1),
+           opt='adamw', schedule='one-cycle', cutmix=0., plateau_patience=-1, stop_patience=0),
 )}

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 __all__ = ['optimizers', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'environment', 'free_run_folder', 'KeepModel',
            'train']
 
-# %% ../nbs/170_train.ipynb #cd89c859
+# %% ../nbs/170_train.ipynb #03309461
 import itertools
 import json
 import platform
@@ -31,7 +31,7 @@ from .artifact import Classifier, library_versions
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
 from .callback.schedule import fit_warm_restarts
-from .callback.speed import MemoryFormat
+from .callback.speed import MemoryFormat, keep_freed_memory
 from .callback.tracker import EarlyStop, KeepBest, PlateauLR
 from .core import atomic_path, check_new, new_folder, pick_device, seed_everything, write_text
 from .data import image_dls
@@ -84,17 +84,17 @@ def _precision_cb(
     if precision == 'bf16' and not torch.cuda.is_bf16_supported(): raise ValueError("this GPU has no bf16 arithmetic: choose precision fp16")
     return MixedPrecision(amp_mode=precision)
 
-# %% ../nbs/170_train.ipynb #8b4eebcb
+# %% ../nbs/170_train.ipynb #aa09e0b0
 def fit_recipe(
     learn: Learner, # from `recipe_learner`
     r: Recipe, # what to do
     cbs: list|None = None # further callbacks for this fit
-):
+) -> str|None: # why it stopped early; `None` when it went to the end
     "Fit `learn` as recipe `r` says: its schedule, plateau, early stop."
-    cbs = [*(cbs or [])]
-    if r.plateau_patience >= 0: cbs.append(PlateauLR(r.monitor, factor=r.plateau_factor, patience=r.plateau_patience))
-    if r.stop_patience >= 0: cbs.append(EarlyStop(r.monitor, patience=r.stop_patience))
-    schedules[r.schedule](learn, r, cbs)
+    plateau = [PlateauLR(r.monitor, factor=r.plateau_factor, patience=r.plateau_patience)] if r.plateau_patience >= 0 else []
+    stop = [EarlyStop(r.monitor, patience=r.stop_patience)] if r.stop_patience > 0 else []
+    schedules[r.schedule](learn, r, [*(cbs or []), *plateau, *stop])
+    return stop[0].reason if stop else None
 
 schedules = {
     'constant':  lambda learn, r, cbs: learn.fit(r.epochs, r.lr, wd=r.wd, cbs=cbs),
@@ -142,7 +142,7 @@ class KeepModel(KeepBest):
 
     def _check_mark(self): "A run folder has one writer."
 
-# %% ../nbs/170_train.ipynb #26379b2a
+# %% ../nbs/170_train.ipynb #b7810d26
 def _draw(learn: Learner, run: Path, monitor: str):
     "Draw the curves of the epochs that have ended."
     if not learn.run_history.rows: return
@@ -151,13 +151,13 @@ def _draw(learn: Learner, run: Path, monitor: str):
 def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None) -> dict:
     "Fit, keeping history, best model and curves in the run folder whatever ends it; return what came out."
     learn.run_history.csv, keep = run/'history.csv', KeepModel(r.monitor, file=run/'model.safetensors')
-    try: fit_recipe(learn, r, [keep, TrainProgress(), *(cbs or [])])
+    try: stopped = fit_recipe(learn, r, [keep, TrainProgress(), *(cbs or [])])
     finally: _draw(learn, run, r.monitor)
     fmt = learn.memory_format
-    return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows),
+    return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows), 'stopped': stopped,
             'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds}
 
-# %% ../nbs/170_train.ipynb #74608068
+# %% ../nbs/170_train.ipynb #657bb09f
 def train(
     recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
     data: str|Path, # folder of images
@@ -172,6 +172,7 @@ def train(
     seed_everything(r.seed)
     dls = recipe_dls(r, data, **data_kw)
     learn = recipe_learner(r, dls)
+    if dls.device.type == 'cpu': keep_freed_memory()
     with new_folder(out, 'run folder') as run:
         _need_space(run, learn)
         learn.path = run
