@@ -32,7 +32,7 @@ def _step_seconds(model: nn.Module, x: torch.Tensor) -> float:
     sync()
     return perf_counter() - start
 
-# %% ../../nbs/125_callback.speed.ipynb #5e3a6b39
+# %% ../../nbs/125_callback.speed.ipynb #3899a947
 def time_formats(
     model: nn.Module, # timed as a copy: weights and statistics stay as they are
     x: torch.Tensor, # a batch of images, where and as large as those of the training
@@ -43,7 +43,8 @@ def time_formats(
     "Time training steps in both memory formats, in turn."
     copies = {n: deepcopy(model).train().to(memory_format=f) for n, f in formats.items()}
     xs, seconds = {n: x.detach().as_subclass(torch.Tensor).contiguous(memory_format=f) for n, f in formats.items()}, {n: [] for n in formats}
-    with torch.autocast(x.device.type, precision or torch.float32, enabled=precision is not None):
+    devices = [x.device] if x.device.type == 'cuda' else []
+    with torch.random.fork_rng(devices), torch.autocast(x.device.type, precision or torch.float32, enabled=precision is not None):
         for i in range(repeats+1):
             for n in formats:
                 s = _step_seconds(copies[n], xs[n])
