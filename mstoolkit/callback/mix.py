@@ -41,7 +41,7 @@ def kept_share(
     y1, y2, x1, x2 = box
     return 1 - (y2-y1)*(x2-x1)/(h*w)
 
-# %% ../../nbs/090_callback.mix.ipynb #6b5a5d70
+# %% ../../nbs/090_callback.mix.ipynb #3cd89e17
 def cutmix_batch(
     x: Tensor, # (N, C, H, W) images of any type
     y: Tensor, # (N, …) targets
@@ -51,11 +51,15 @@ def cutmix_batch(
 ) -> tuple[Tensor, Tensor, Tensor, float]: # mixed images, own targets, the others' targets, λ
     "Paste `box` of image `perm[i]` into a copy of image `i`."
     y1, y2, x1, x2 = box
-    mixed = x.clone()
-    mixed[..., y1:y2, x1:x2] = x[..., y1:y2, x1:x2][perm]
+    mixed, inside = torch.empty_like(x), (..., slice(y1, y2), slice(x1, x2))
+    n = len(x) if x.is_cuda else 8  # a CPU takes a few images at a time: their boxes are pasted while they are still in its cache
+    for copy, own, source in zip(mixed.split(n), x.split(n), perm.split(n)):
+        copy.copy_(own)
+        # straight into the copy; `copy[inside] = x[inside][source]` would gather into memory of its own first, at twice the cost
+        torch.index_select(x[inside], 0, source, out=copy[inside])
     return mixed, y, y[perm], kept_share(box, *x.shape[-2:]) if lam is None else lam
 
-# %% ../../nbs/090_callback.mix.ipynb #28bbef28
+# %% ../../nbs/090_callback.mix.ipynb #7c9d62d8
 def mixup_batch(
     x: Tensor, # (N, …) images, floating point
     y: Tensor, # (N, …) targets
@@ -64,7 +68,7 @@ def mixup_batch(
 ) -> tuple[Tensor, Tensor, Tensor, float]: # mixed images, own targets, the others' targets, λ
     "Blend image `i` with image `perm[i]`."
     if not x.is_floating_point(): raise ValueError(f"MixUp blends floating point images, not {x.dtype}: mix after the batch is normalised")
-    return torch.lerp(x[perm], x, lam), y, y[perm], lam
+    return x[perm].lerp_(x, lam), y, y[perm], lam
 
 # %% ../../nbs/090_callback.mix.ipynb #b96f96d3
 def _alpha_range(alpha, name):
@@ -78,7 +82,7 @@ def _check_probabilities(cutmix, mixup):
     if cutmix + mixup > 1 + 1e-9:
         raise ValueError(f"cutmix={cutmix} and mixup={mixup} sum to {cutmix+mixup:g}, but a batch is mixed one way at most: make the sum 1 or less")
 
-# %% ../../nbs/090_callback.mix.ipynb #4a60eec3
+# %% ../../nbs/090_callback.mix.ipynb #0e88cd79
 class BatchMix(Callback):
     "CutMix with probability `cutmix`, MixUp with probability `mixup`, else the batch as it is."
     # before `GradientAccumulation` divides the loss, and inside the autocast of `MixedPrecision`
@@ -136,23 +140,26 @@ class BatchMix(Callback):
         "Mix the batch."
         self.lam, self.yb_b = 1., None
         if not self.active: return
-        if len(self.xb) != 1 or self.x.ndim != 4:
-            raise ValueError(f"BatchMix mixes one (N, C, H, W) image tensor a batch, not {[tuple(getattr(o, 'shape', ())) for o in self.xb]}")
-        x = self.x.as_subclass(Tensor)
+        xb, yb = self.learn.xb, self.learn.yb
+        if len(xb) != 1 or xb[0].ndim != 4:
+            raise ValueError(f"BatchMix mixes one (N, C, H, W) image tensor a batch, not {[tuple(getattr(o, 'shape', ())) for o in xb]}")
+        x = xb[0].as_subclass(Tensor)  # fastai's tensor types carry no meaning here and cost time in every operation
         kind, lam, perm, box = self.draw(len(x), *x.shape[-2:])
         if lam == 1: return  # nothing drawn, or a box of no pixels
         if x.is_cuda: perm = perm.pin_memory().to(x.device, non_blocking=True)
         mix, args = (cutmix_batch, (perm, box)) if kind == 'cutmix' else (mixup_batch, (perm,))
-        x, _, y_b, self.lam = mix(x, self.yb[0].as_subclass(Tensor), lam, *args)
+        x, _, y_b, self.lam = mix(x, yb[0].as_subclass(Tensor), lam, *args)
         self.learn.xb = (x,)
-        self.yb_b = (y_b, *(o.as_subclass(Tensor)[perm] for o in self.yb[1:]))
+        self.yb_b = (y_b, *(o.as_subclass(Tensor)[perm] for o in yb[1:]))
         self.mixed_epoch = True
 
     def after_loss(self):
         "Share the loss out between the own and the others' targets; the learner's loss itself is never replaced."
         if not self.mixed: return
-        self.learn.loss_grad = torch.lerp(self.loss_func(self.pred, *self.yb_b), self.loss_grad, self.lam)
-        self.learn.loss = self.learn.loss_grad.clone()
+        learn = self.learn
+        own, other = (o.as_subclass(Tensor) for o in (learn.loss_grad, learn.loss_func(learn.pred, *self.yb_b)))
+        learn.loss_grad = torch.lerp(other, own, self.lam)
+        learn.loss = learn.loss_grad.clone()
 
     def state_dict(self) -> dict: # plain numbers
         "The generator's state, for an exact resume."
