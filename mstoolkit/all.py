@@ -7,9 +7,10 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #39481545
+# %% ../nbs/900_all.ipynb #13437501
 from fastai.vision.all import *
 
+from .ablation import *
 from .artifact import *
 from .attribution import *
 from .augment import *
@@ -29,6 +30,7 @@ from .models.fusion import *
 from .models.split import *
 from .predict import *
 from .recipe import *
+from .report import *
 from .train import *
 
 # %% ../nbs/900_all.ipynb #b8900c6d

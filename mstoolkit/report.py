@@ -61,8 +61,8 @@ class Run:
     @property
     def accuracy(self) -> float: return float(self.correct.mean())
 
-# %% ../nbs/190_report.ipynb #18d76c04
-_not_method = 'seed', 'name', 'device', 'num_workers' # fields that do not make another method
+# %% ../nbs/190_report.ipynb #bbdbc4f4
+_not_method = 'seed', 'name', 'device', 'num_workers', 'memory_format', 'compile' # fields that do not make another method
 
 def _method(r: Recipe) -> tuple: return tuple(getattr(r, f.name) for f in fields(r) if f.name not in _not_method)
 

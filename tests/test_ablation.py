@@ -1,0 +1,126 @@
+"Studies: cells, resumption, failures, tables; the same numbers however they are run."
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mstoolkit import ablation
+from mstoolkit.ablation import Study, format_table, grid, load_study, plot_study, run_study, studies, study_jobs, study_table
+from mstoolkit.datasets import make_digits, make_navon
+from mstoolkit.recipe import Recipe
+from test_report import fake_run
+
+HEADS = Study('heads', grid(head=['plain', 'gated']))
+BASE = Recipe(backbone='test_resnet', pretrained=False, size=32, bs=64, epochs=1, lr=3e-3, opt='adamw', augment='none', num_workers=0,
+              schedule='one-cycle', cutmix=0., device='cpu')
+
+
+@pytest.fixture(scope='module')
+def navon(tmp_path_factory): return make_navon(tmp_path_factory.mktemp('d')/'navon', n_train=100, n_valid=200, n_test=10, size=48)
+
+
+@pytest.fixture
+def fake_train(monkeypatch, navon):
+    "Training that only leaves a run folder; `calls` tells which."
+    calls = []
+    def train(r, data, out, csv):
+        calls.append((r.head, r.seed))
+        if r.lr == 1.: raise ValueError('this rate\nis absurd')
+        assert set(pd.read_csv(csv).split) == {'train', 'valid'}
+        fake_run(out, navon, seed=10*r.seed+len(r.head), model=False, name=r.name, head=r.head, right=.6 if r.head == 'plain' else .9)
+    monkeypatch.setattr(ablation, 'train', train)
+    return calls
+
+
+def test_named_studies_are_the_reports():
+    assert {k: len(s.cells) for k, s in studies.items()} == {'loss-mix': 4, 'fusion': 6, 'mix-prob': 6, 'backbones': 4}
+    for s in studies.values():
+        jobs = study_jobs(s, Recipe(), 2, Path('x'))
+        assert len({j.folder for j in jobs}) == len(jobs) == 2*len(s.cells)
+        assert [j.recipe.seed for j in jobs] == [0]*len(s.cells) + [1]*len(s.cells)
+    p = studies['mix-prob'].cells['p 0.4']
+    assert (p['cutmix'], p['mixup'], p['cutmix_alpha'], p['mixup_alpha']) == (.4, .4, (.8, 1.2), (.4, .6))
+
+
+def test_a_study_is_run_and_judged(tmp_path, navon, fake_train, capsys):
+    df = run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=3)
+    assert fake_train == [('plain', 0), ('gated', 0), ('plain', 1), ('gated', 1), ('plain', 2), ('gated', 2)]
+    assert df.verdict.to_dict() == dict(plain='baseline', gated='better')
+    assert '6/6 gated, seed 2: accuracy' in capsys.readouterr().out
+    assert {o.name for o in (tmp_path/'s').iterdir()} == {'study.json', 'images.csv', 'failures.json', 'plain', 'gated', 'figures',
+                                                         'table.txt', 'table.md', 'table.tex', 'table.csv'}
+    assert len(plot_study(tmp_path/'s').axes) == 2 and len(plot_study(df).axes) == 2
+    assert study_table(tmp_path/'s', baseline='gated').verdict['plain'] == 'worse'
+    more = run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=4)      # more seeds may be added
+    assert fake_train[6:] == [('plain', 3), ('gated', 3)] and more.seeds.tolist() == [4, 4]
+
+
+def test_an_interrupted_study_goes_on_where_it_was(tmp_path, navon, fake_train, monkeypatch):
+    whole = run_study(HEADS, navon, tmp_path/'whole', recipe=BASE, seeds=2)
+    train, n = ablation.train, len(fake_train)
+    def interrupted(r, data, out, csv):
+        if len(fake_train) == n+2:
+            Path(out).mkdir(parents=True); (Path(out)/'recipe.toml').write_text('half')
+            raise KeyboardInterrupt
+        train(r, data, out, csv)
+    monkeypatch.setattr(ablation, 'train', interrupted)
+    with pytest.raises(KeyboardInterrupt): run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=2)
+    monkeypatch.setattr(ablation, 'train', train)
+    df = run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=2)
+    assert fake_train[n:] == [('plain', 0), ('gated', 0), ('plain', 1), ('gated', 1)]    # nothing twice
+    pd.testing.assert_frame_equal(df, whole)
+    assert not list((tmp_path/'s').rglob('.seed*'))
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path, navon, fake_train, capsys):
+    study = Study('rates', dict(plain=dict(head='plain'), absurd=dict(lr=1.), gated=dict(head='gated')))
+    df = run_study(study, navon, tmp_path/'s', recipe=BASE, seeds=2)
+    assert json.loads((tmp_path/'s'/'failures.json').read_text()) == {f'absurd, seed {i}': 'ValueError: this rate is absurd' for i in (0, 1)}
+    assert list(df.index) == ['plain', 'gated'] and 'this rate is absurd' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no run of the study'):
+        run_study(Study('b', {k: dict(lr=1., head=k) for k in ('plain', 'gated')}), navon, tmp_path/'b', recipe=BASE, seeds=1)
+
+
+def test_a_folder_belongs_to_one_study(tmp_path, navon, fake_train):
+    run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=1)
+    with pytest.raises(ValueError, match='holds another study'): run_study(studies['fusion'], navon, tmp_path/'s', recipe=BASE)
+    (tmp_path/'other').mkdir(); (tmp_path/'other'/'a').write_text('')
+    with pytest.raises(ValueError, match='already exists'): run_study(HEADS, navon, tmp_path/'other', recipe=BASE)
+    with pytest.raises(ValueError, match='unknown cell'): run_study(HEADS, navon, tmp_path/'s', recipe=BASE, baseline='x')
+    with pytest.raises(FileNotFoundError, match='is not a study'): study_table(navon)
+
+
+def test_a_dry_run_writes_nothing(tmp_path, navon, capsys):
+    assert run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=2, dry_run=True) is None
+    out = capsys.readouterr().out
+    assert 'plain, seed 1' in out and '4 of 4 runs to do' in out and not (tmp_path/'s').exists()
+
+
+@pytest.mark.parametrize('text,what', [('a = 1', "unknown key of a study file"), ('name = "x"', 'needs either'), ('= 1', 'is not TOML'),
+                                       ('[cells.a]\nhead = "plain"', 'needs? 2 or more'), ('[cells.a]\nseed = 1\n[cells.b]\n', 'same seeds'),
+                                       ('[cells."a/b"]\n[cells.b]\n', "cannot name a cell")])
+def test_bad_study_files_are_named(tmp_path, text, what):
+    (tmp_path/'s.toml').write_text(text)
+    with pytest.raises(ValueError, match=what): load_study(tmp_path/'s.toml')
+
+
+def test_tables(tmp_path, navon, fake_train):
+    df = run_study(Study('x', {'a|b': dict(head='plain'), 'c_d': dict(head='gated')}), navon, tmp_path/'s', recipe=BASE, seeds=2)
+    md = format_table(df, 'markdown').splitlines()
+    assert len(md) == 4 and all(len(o.replace(r'\|', '').split('|')) == 10 for o in md) and r'a\|b' in md[2]
+    tex = format_table(df, 'latex')
+    assert r'c\_d' in tex and r'95 \% interval' in tex and tex.count(r'\\') == 3 and tex.endswith('\\end{tabular}\n')
+    (tmp_path/'t.csv').write_text(format_table(df, 'csv'))
+    assert pd.read_csv(tmp_path/'t.csv', index_col=0).accuracy.tolist() == pytest.approx(df.accuracy.tolist())
+    with pytest.raises(ValueError, match='unknown kind of table'): format_table(df, 'html')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [dict(jobs=2), dict(ray=True)])
+def test_side_by_side_gives_the_same_numbers(tmp_path, how):
+    if 'ray' in how: pytest.importorskip('ray')
+    data = make_digits(tmp_path/'digits')
+    a = run_study(HEADS, data, tmp_path/'a', recipe=BASE, seeds=2, threads=1)
+    b = run_study(HEADS, data, tmp_path/'b', recipe=BASE, seeds=2, threads=1, **how)
+    pd.testing.assert_frame_equal(a, b)
