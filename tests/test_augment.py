@@ -13,7 +13,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import InterpolationMode
 
-from mstoolkit.augment import RandomErasing, apply_tfms, augment_recipes, augment_tfms
+from mstoolkit.augment import FlipRotate, RandomErasing, apply_tfms, augment_recipes, augment_tfms, shrink
 
 
 @pytest.fixture(scope='module')
@@ -31,10 +31,9 @@ def parts(name): return augment_tfms(name, 224).transforms
 
 
 def test_light_is_figure_1():
-    crop, h, v, rot, jit = parts('light')
+    crop, turn, jit = parts('light')
     assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (.8, 1.), (3/4, 4/3))
-    assert isinstance(h, A.HorizontalFlip) and isinstance(v, A.VerticalFlip) and h.p == v.p == .5
-    assert rot.limit == (-15, 15) and rot.p == 1 and rot.interpolation == cv2.INTER_NEAREST
+    assert (turn.hflip, turn.vflip, turn.degrees, turn.interpolation) == (.5, .5, 15, cv2.INTER_NEAREST)
     assert (jit.brightness, jit.contrast, jit.saturation, jit.hue, jit.p) == ((.8, 1.2), (.8, 1.2), (.8, 1.2), (-.1, .1), 1)
 
 
@@ -98,11 +97,34 @@ def test_jitter_is_applied_in_random_order(photo):
     assert len({tuple(jit.get_params()['order']) for _ in range(400)}) == 24
 
 
-def test_rotation_gives_torchvisions_pixels(photo):
-    rot = A.Rotate((11, 11), interpolation=cv2.INTER_NEAREST, p=1)
-    ours, ref = A.Compose([rot])(image=photo)['image'], TF.rotate(tensor(photo), 11).permute(1, 2, 0).numpy()
+@pytest.mark.parametrize('h,v,angle', [(0, 0, 11), (1, 0, -7), (0, 1, 15), (1, 1, 3)])
+def test_flip_rotate_gives_torchvisions_pixels(photo, h, v, angle):
+    ours = FlipRotate(15).apply(photo, h, v, angle)
+    x = tensor(photo)
+    if h: x = TF.hflip(x)
+    if v: x = TF.vflip(x)
+    ref = TF.rotate(x, angle).permute(1, 2, 0).numpy()
     assert (abs(ours.astype(int)-ref).max(-1) > 24).mean() < .02  # a sub-pixel apart at edges
     assert (ours[0, 0] == 0).all() and (ref[0, 0] == 0).all()
+
+
+def test_flip_rotate_draws(photo):
+    "Both flips with even odds, independent of each other; the angle uniform."
+    turn = FlipRotate(15)
+    turn.set_random_state(np.random.default_rng(0), random.Random(0))
+    draws = [turn.get_params() for _ in range(4000)]
+    for h in (0, 1):
+        for v in (0, 1): assert abs(sum((d['h'], d['v']) == (h, v) for d in draws) - 1000) < 120
+    assert ks_2samp([d['angle'] for d in draws], np.linspace(-15, 15, 4000)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('h,w,oh,ow', [(375, 500, 224, 224), (900, 1200, 224, 224), (448, 448, 224, 224), (100, 90, 224, 224), (64, 64, 64, 64),
+                                         (7, 999, 5, 50)])
+def test_shrink_is_close_to_an_antialiased_resize(h, w, oh, ow):
+    im = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (h, w, 3), np.uint8), (0, 0), max(1, w/ow), sigmaY=max(1, h/oh))
+    ref = np.asarray(T.Resize((oh, ow))(T.ToPILImage()(im)))
+    out = shrink(im, (oh, ow))
+    assert out.shape == (oh, ow, 3) and abs(out.astype(int)-ref).mean() < 3
 
 
 def test_affine_gives_torchvisions_pixels(photo):

@@ -57,7 +57,8 @@ def test_what_is_no_file(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(list(good)), st.integers(1, 10_000), st.binary(max_size=40))
-@pytest.mark.filterwarnings('ignore::UserWarning:PIL', 'ignore:image file could not be identified:UserWarning')
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL', 'ignore:image file could not be identified:UserWarning',
+                            'ignore::PIL.Image.DecompressionBombWarning')
 def test_no_damage_crashes(name, at, noise):
     "Overwrite some bytes anywhere: the answer is an image or an ImageError, never another exception."
     d = bytearray(good[name][0])

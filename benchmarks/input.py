@@ -1,0 +1,132 @@
+"""Images per second from files to a training batch: this library beside the report's torchvision pipeline, fastai and bare decoding.
+
+    python benchmarks/input.py                      # generated 500x375 JPEGs
+    python benchmarks/input.py --images FOLDER      # your own: FOLDER/<class>/*.jpg
+    python benchmarks/input.py --workers            # also one and two worker processes
+    python benchmarks/input.py --cache              # also the presized cache, on images of 1,000 px
+
+Everything runs in one process on one thread. The contestants take turns, and each figure is the median of its rounds.
+"""
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+import albumentations as A  # noqa: E402
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from fastai.vision.all import (Brightness, Contrast, Flip, Hue, ImageDataLoaders, Normalize, RandomResizedCrop, Rotate,  # noqa: E402
+                               Saturation, imagenet_stats)
+from torchvision import transforms as T  # noqa: E402
+from torchvision.datasets import ImageFolder  # noqa: E402
+
+from mstoolkit.augment import light_tfms  # noqa: E402
+from mstoolkit.data import image_dls  # noqa: E402
+from mstoolkit.image import read_image  # noqa: E402
+
+SIZE, BS = 224, 32
+
+
+def generated(folder, n, w=500, h=375):
+    "`n` JPEGs with the texture and the file size of photographs, in two class folders."
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        im = sum(cv2.resize(rng.normal(0, s, (h//k+1, w//k+1, 3)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
+                 for k, s in [(96, 50), (24, 22), (6, 9), (2, 4)])
+        d = folder/f'{"ab"[i % 2]}'
+        d.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(d/f'{i:04}.jpg'), np.clip(im+120, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return folder
+
+
+def light_without_jitter(size):
+    "Report A's geometry alone: the jitter is left to the device."
+    return A.Compose(light_tfms(size).transforms[:-1])
+
+
+def torchvision_loader(folder):
+    "Report A, figure 1."
+    tfm = T.Compose([T.RandomResizedCrop(SIZE, scale=(.8, 1.)), T.RandomHorizontalFlip(), T.RandomVerticalFlip(), T.RandomRotation(15),
+                     T.ColorJitter(brightness=.2, contrast=.2, saturation=.2, hue=.1), T.ToTensor(), T.Normalize(*imagenet_stats)])
+    return torch.utils.data.DataLoader(ImageFolder(folder, tfm), BS, shuffle=True, drop_last=True)
+
+
+def fastai_loader(folder):
+    "The same operations with fastai's transforms."
+    tfms = [Flip(), Flip(pad_mode='zeros'), Rotate(15, p=1., pad_mode='zeros'), Brightness(.1, p=1.), Contrast(.2, p=1.), Saturation(.2, p=1.), Hue(.1, p=1.),
+            Normalize.from_stats(*imagenet_stats, cuda=False)]
+    return ImageDataLoaders.from_folder(folder, valid_pct=.01, item_tfms=RandomResizedCrop(SIZE, min_scale=.8), batch_tfms=tfms, bs=BS, num_workers=0,
+                                        device='cpu').train
+
+
+def ours(folder, augment='light', **kw): return image_dls(folder, valid_pct=.01, size=SIZE, bs=BS, augment=augment, device='cpu', **{'num_workers': 0, **kw}).train
+
+
+def without_float(dl):
+    "What the workers do: uint8 batches, not yet normalised."
+    dl = dl.new()
+    dl.after_batch.fs.clear()
+    return dl
+
+
+def rate(batches, limit):
+    "Images per second over one pass of at most `limit` images."
+    n, t = 0, time.perf_counter()
+    for b in batches:
+        n += len(b[0]) if isinstance(b, (list, tuple)) else 1
+        if n >= limit: break
+    return n/(time.perf_counter()-t)
+
+
+def contest(contestants, rounds, limit):
+    "Median rates; every round runs all contestants, one after the other."
+    rates = {name: [] for name in contestants}
+    for _ in range(rounds+1):
+        for name, make in contestants.items(): rates[name].append(rate(make(), limit))
+    return {name: statistics.median(r[1:]) for name, r in rates.items()}  # the first round only warms up
+
+
+def table(rates, base):
+    for name, r in rates.items(): print(f'{name:<44}{r:>8.0f} img/s{r/rates[base]:>9.2f} × {base}')
+
+
+def decode_only(files):
+    for f in files: yield read_image(f)
+
+
+def single(folder, rounds, limit):
+    files = sorted(folder.rglob('*.jpg'))
+    tv, fa, full, geo = torchvision_loader(folder), fastai_loader(folder), ours(folder), ours(folder, light_without_jitter)
+    u8, u8_geo = without_float(full), without_float(geo)
+    rates = contest({'decoding alone': lambda: decode_only(files), 'torchvision as in the report': lambda: tv, 'fastai, the same operations': lambda: fa,
+                     'ours, float batch': lambda: full, 'ours, uint8 (the workers\' part)': lambda: u8,
+                     'ours, uint8, jitter left to the device': lambda: u8_geo}, rounds, limit)
+    table(rates, 'decoding alone')
+    f = rates['ours, float batch']
+    print(f'ours ÷ torchvision {f/rates["torchvision as in the report"]:.2f}   ours ÷ fastai {f/rates["fastai, the same operations"]:.2f}')
+    return rates
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--images', type=Path, help='folder of class folders of JPEGs; generated ones when not given')
+    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--limit', type=int, default=256, help='images a round and contestant')
+    p.add_argument('--workers', action='store_true')
+    p.add_argument('--cache', action='store_true')
+    args = p.parse_args()
+    torch.set_num_threads(1); cv2.setNumThreads(1)
+    tmp = Path(tempfile.mkdtemp())
+    try:
+        folder = args.images or generated(tmp/'images', args.limit+64)
+        print(f'{"your" if args.images else "generated 500×375"} images, size {SIZE}, batches of {BS}, one process, one thread, medians of {args.rounds} rounds')
+        single(folder, args.rounds, args.limit)
+    finally: shutil.rmtree(tmp)
+
+
+if __name__ == '__main__': main()
