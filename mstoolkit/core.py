@@ -54,7 +54,10 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return seed
 
-# %% ../nbs/010_core.ipynb #920d148b
+# %% ../nbs/010_core.ipynb #cb0b2de4
+_umask = os.umask(0)  # there is no way to ask without setting
+os.umask(_umask)
+
 def _fsync(p: Path):
     "Flush file or folder `p` to the disk; a file system that cannot (some network mounts) is no reason to fail."
     with contextlib.suppress(OSError):
@@ -62,7 +65,7 @@ def _fsync(p: Path):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/010_core.ipynb #f642df47
+# %% ../nbs/010_core.ipynb #9a359fa8
 @contextlib.contextmanager
 def atomic_path(
     path: str|Path # the file to (re)write; its folder is made when missing
@@ -73,6 +76,7 @@ def atomic_path(
     tmp = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
         yield tmp
+        tmp.chmod(0o666 & ~_umask)  # some writers (safetensors) make files that only their owner can read
         _fsync(tmp)
         os.replace(tmp, path)
         _fsync(path.parent)
