@@ -7,13 +7,13 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #13437501
+# %% ../nbs/900_all.ipynb #7cdb4afb
 from fastai.vision.all import *
 
 from .ablation import *
 from .artifact import *
 from .attribution import *
-from .augment import *
+from .augment import apply_tfms, augment_recipes, augment_tfms
 from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
@@ -22,6 +22,7 @@ from .callback.tracker import *
 from .core import *
 from .data import *
 from .datasets import *
+from .image import image_files, read_image
 from .interpret import *
 from .learner import *
 from .losses import *

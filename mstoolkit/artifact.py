@@ -34,7 +34,7 @@ def library_versions() -> dict: # name → version
     return {'mstoolkit': __version__, 'python': platform.python_version(),
             **{n: version(n) for n in ('torch', 'torchvision', 'fastai', 'timm', 'albumentations')}}
 
-# %% ../nbs/160_artifact.ipynb #630e8d3e
+# %% ../nbs/160_artifact.ipynb #aa2d8d1c
 @dataclass(frozen=True, kw_only=True)
 class ModelHeader:
     "What a model file says of itself."
@@ -47,7 +47,18 @@ class ModelHeader:
     versions: dict = field(default_factory=library_versions) # that wrote the file
     format: int = FORMAT
 
-# %% ../nbs/160_artifact.ipynb #db2a267d
+    def __post_init__(self):
+        "Refuse a header that could not be used, or would be used wrongly."
+        kinds = dict(config=dict, classes=list, size=int, mean=(list, tuple), std=(list, tuple), metrics=dict, versions=dict, format=int)
+        for k, kind in kinds.items():
+            if not isinstance(getattr(self, k), kind): raise ValueError(f"its {k} is {getattr(self, k)!r}")
+        for k in ('mean', 'std'):
+            v = getattr(self, k)
+            if len(v) != self.config.get('in_chans', 3) or not all(isinstance(o, (int, float)) for o in v): raise ValueError(f"its {k} is {v!r}")
+        if len(self.classes) != self.config.get('n_out'):
+            raise ValueError(f"it names {len(self.classes)} classes, and its network has {self.config.get('n_out')} outputs")
+
+# %% ../nbs/160_artifact.ipynb #ee6c7275
 @dataclass(frozen=True)
 class Classifier:
     "A trained network with its header: all it takes to classify an image."
@@ -82,7 +93,8 @@ class Classifier:
         if file.suffix in ('.pt', '.pth'): return cls.from_report(file, device=device)
         header = read_header(file)
         with safe_open(file, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
-        model = multiscale_model(**header.config, pretrained=False)
+        try: model = multiscale_model(**header.config, pretrained=False)
+        except (TypeError, ValueError) as e: raise ValueError(f"{str(file)!r} names a network that cannot be made: {e}") from e
         try: model.load_state_dict(state)
         except RuntimeError as e: raise ValueError(f"{path}: the tensors do not fit the network that the header names ({header.config['backbone']}): "
                                                    f"{str(e).splitlines()[-1].strip()}") from e
@@ -112,7 +124,7 @@ def _model_file(path) -> Path:
     if not file.is_file(): raise FileNotFoundError(f"there is no model file {str(file)!r}")
     return file
 
-# %% ../nbs/160_artifact.ipynb #c3d88101
+# %% ../nbs/160_artifact.ipynb #5da4efce
 def read_header(
     path: str|Path # a model file, or a run folder that holds `model.safetensors`
 ) -> ModelHeader:
@@ -123,9 +135,9 @@ def read_header(
     except SafetensorError as e: raise ValueError(f"{str(file)!r} is not a model file (safetensors): {e}") from e
     if meta is None: raise ValueError(f"{str(file)!r} is a safetensors file without an mstoolkit header: it names neither network nor classes; "
                                         "`mstoolkit convert` gives one to a checkpoint of Report A")
-    try: d = json.loads(meta)
-    except json.JSONDecodeError as e: raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
-    if d.get('format', 0) > FORMAT:
-        raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: update mstoolkit")
-    try: return ModelHeader(**d)
-    except TypeError as e: raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
+    try:
+        d = json.loads(meta)
+        newer = d['format'] > FORMAT
+        if not newer: return ModelHeader(**d)
+    except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
+    raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: update mstoolkit")

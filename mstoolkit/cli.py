@@ -7,10 +7,12 @@ Docs: https://mstoolkit.github.io/mstoolkit/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'recipe_options', 'train', 'predict', 'convert', 'ablate', 'report', 'params', 'data', 'demo', 'main']
 
-# %% ../nbs/210_cli.ipynb #a11010f8
+# %% ../nbs/210_cli.ipynb #6cab280e
 import inspect
 import os
+import signal
 import sys
+import threading
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -59,7 +61,12 @@ def recipe_options(
     command.__doc__, command.__name__ = f.__doc__, f.__name__
     return command
 
-# %% ../nbs/210_cli.ipynb #1145011c
+# %% ../nbs/210_cli.ipynb #3ee53d70
+def _folder(path: Path):
+    "Say at once when a folder is not there; the library would, after the seconds that torch takes to import."
+    if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
+
+# %% ../nbs/210_cli.ipynb #ba5eabed
 @app.command()
 @recipe_options
 def train(
@@ -68,15 +75,18 @@ def train(
     out: Annotated[Optional[Path], typer.Option('--out', '-o', help="run folder to make; runs/RECIPE, or the next free runs/RECIPE-2 …")] = None,
     csv: Annotated[Optional[Path], typer.Option(help="CSV with columns path, label and, if you like, split, instead of class folders")] = None,
     valid: Annotated[Optional[str], typer.Option(help="name of the validation folder; val, valid or validation when there is one")] = None,
+    on_bad: Annotated[str, typer.Option(help="unreadable images: error (name the first and stop) or skip (name them all and go on)")] = 'error',
+    cache: Annotated[bool, typer.Option('--cache', help="shrink the images once and keep them beside the data")] = False,
     **overrides
 ):
     "Train a model on a folder of images."
     r = recipe_from_dict(overrides, load_recipe(recipe))
     if out: check_new(out, 'run folder')
+    _folder(data)
     from mstoolkit.train import train as run
-    run(r, data, out, **{k: v for k, v in dict(csv=csv, valid=valid).items() if v is not None})
+    run(r, data, out, on_bad=on_bad, cache=cache, **{k: v for k, v in dict(csv=csv, valid=valid).items() if v is not None})
 
-# %% ../nbs/210_cli.ipynb #f7bb25b9
+# %% ../nbs/210_cli.ipynb #54fa1aee
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="run folder, model file, or .pt checkpoint of Report A's scripts")],
@@ -92,6 +102,7 @@ def predict(
 ):
     "Classify a folder of images into a CSV."
     file = check_new(out.with_suffix('.zip') if zip else out)
+    _folder(images)
     from mstoolkit.predict import predict_folder, write_predictions
     df = predict_folder(model, images, top_k=top_k, confidence=confidence, on_bad=on_bad, bs=bs, device=device,
                         num_workers=None if num_workers < 0 else num_workers)
@@ -182,7 +193,7 @@ def demo(
     from mstoolkit.demo import demo as run
     run(out)
 
-# %% ../nbs/210_cli.ipynb #b14d914c
+# %% ../nbs/210_cli.ipynb #f4167e29
 def _one_line(e: Exception) -> str:
     "What went wrong, in one line."
     text = f'{e.strerror}: {e.filename!r}' if isinstance(e, OSError) and e.strerror and e.filename else str(e) or type(e).__name__
@@ -193,6 +204,7 @@ def main(
 ) -> int: # exit code: 0, 2 for a user's mistake, 130 when interrupted
     "Run the command line."
     warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)  # fastai's, at import; nothing a user could mend
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up runs
     try: app(args, prog_name='mstoolkit')
     except SystemExit as e: return e.code or 0
     except (ValueError, OSError, ImportError) as e:

@@ -65,22 +65,25 @@ def _fsync(p: Path):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/010_core.ipynb #9a359fa8
+# %% ../nbs/010_core.ipynb #66bcc5ad
 @contextlib.contextmanager
 def atomic_path(
     path: str|Path # the file to (re)write; its folder is made when missing
 ) -> Iterator[Path]: # a temporary path beside it, to write to
     "Yield a temporary path that replaces `path` when the block ends well and vanishes when it raises."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         tmp.chmod(0o666 & ~_umask)  # some writers (safetensors) make files that only their owner can read
         _fsync(tmp)
         os.replace(tmp, path)
         _fsync(path.parent)
-    finally: tmp.unlink(missing_ok=True)
+    except OSError as e:  # a full disk, a read-only folder: name the file that was asked for, not the temporary one
+        raise type(e)(e.errno, f'cannot write: {e.strerror}', str(path)) if e.errno else e
+    finally:
+        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/010_core.ipynb #b180155a
 def write_text(

@@ -51,7 +51,7 @@ def _image_names(files: list[Path], folder: Path) -> list[str]:
         seen[n] = f
     return names
 
-# %% ../nbs/180_predict.ipynb #d53cf497
+# %% ../nbs/180_predict.ipynb #4a32b220
 def predict_folder(
     model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
     folder: str|Path, # images to classify, in folders of any depth
@@ -68,11 +68,12 @@ def predict_folder(
     if isinstance(model, Learner): device, model = device or str(model.dls.device), Classifier.from_learner(model)
     clf, folder = model if isinstance(model, Classifier) else Classifier.load(model), Path(folder)
     classes = clf.header.classes
+    if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")
     if not 1 <= top_k <= len(classes): raise ValueError(f"top_k is {top_k}: give 1 to {len(classes)}, the number of classes")
     files = sorted(image_files(folder), key=lambda f: f.relative_to(folder).with_suffix('').as_posix())
     _image_names(files, folder)
     probs, good, bad = predict_probs(clf, files, bs=bs, num_workers=num_workers, device=device or 'auto')
-    if bad: _report_bad(bad, len(files), on_bad)
+    if bad: _report_bad(bad, len(files), on_bad if good else 'error')
     p, i = probs.topk(top_k, dim=1)
     df = pd.DataFrame({'image_name': _image_names(good, folder), 'pred_label': [classes[o] for o in i[:, 0].tolist()]})
     if confidence: df['confidence'] = p[:, 0].numpy().round(6)

@@ -51,7 +51,7 @@ def _checked(
     if kind is tuple: return tuple(map(float, v)) if isinstance(v, (tuple, list)) else float(v)
     return v
 
-# %% ../nbs/150_recipe.ipynb #5e1084c9
+# %% ../nbs/150_recipe.ipynb #863a247e
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Every choice of a training run."
@@ -70,7 +70,7 @@ class Recipe:
     # training
     epochs:int = _f(100, int, 'Training', "epochs at the most", lo=1)
     freeze_epochs:int = _f(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
-    bs:int = _f(32, int, 'Training', "images in a batch", lo=1)
+    bs:int = _f(32, int, 'Training', "images in a batch", lo=2)
     lr:float = _f(1e-4, float, 'Training', "peak learning rate", above=0)
     wd:float = _f(1e-5, float, 'Training', "weight decay", lo=0)
     opt:str = _f('adam', str, 'Training', "torch's adam (L2 penalty), adamw (decoupled decay) or sgd (momentum .9)", choices=('adam', 'adamw', 'sgd'))

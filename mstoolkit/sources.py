@@ -79,7 +79,7 @@ def split_folders(
     else: root, skip = path, (*_valid_names, 'test')
     return folder_samples(root, skip), _valid_samples(path/found, root) if found else []
 
-# %% ../nbs/078_sources.ipynb #86cdb149
+# %% ../nbs/078_sources.ipynb #4e80a17e
 def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     "Any of the forms of a table, all cells as text."
     if isinstance(table, pd.DataFrame): return table
@@ -87,7 +87,7 @@ def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     if not table.is_file(): raise FileNotFoundError(f"there is no table {str(table)!r}")
     try:
         if table.suffix == '.parquet': return pd.read_parquet(table)
-        return pd.read_csv(table, dtype=str, sep='\t' if table.suffix == '.tsv' else ',')
+        return pd.read_csv(table, dtype=str, keep_default_na=False, na_values=[''], sep='\t' if table.suffix == '.tsv' else ',')
     except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
     except (ValueError, OSError) as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
 
@@ -134,7 +134,7 @@ def list_samples(
     _check_files(samples, str(file))
     return samples
 
-# %% ../nbs/078_sources.ipynb #48ce12d9
+# %% ../nbs/078_sources.ipynb #2dc94cd8
 def read_classes(
     file: str|Path # text: a class name a line, in order; or CSV with a header, whose first two columns are name and number
 ) -> list[str]: # names in the order of the model's outputs
@@ -143,7 +143,7 @@ def read_classes(
     if not file.is_file(): raise FileNotFoundError(f"there is no class list {str(file)!r}")
     if file.suffix != '.csv': names = [o.strip() for o in file.read_text(encoding='utf-8-sig').splitlines() if o.strip()]
     else:
-        df = pd.read_csv(file, dtype=str)
+        df = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[''])
         if df.shape[1] > 1 and df.iloc[:, 1].str.fullmatch(r'\d+').all(): df = df.iloc[df.iloc[:, 1].astype(int).argsort(kind='stable')]
         names = [o.strip() for o in df.iloc[:, 0]]
     if twice := [o for o, n in Counter(names).items() if n > 1]: raise ValueError(f"{file} names class {twice[0]!r} twice")
