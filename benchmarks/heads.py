@@ -9,7 +9,6 @@ collapsed heads against the literal ones, over a matrix of sizes, stages and bat
 import argparse
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -95,6 +94,11 @@ def bench_steps(device, n, bs=4, backbone='resnest101e'):
     return rounds({k: train_step(body, h.train(), x, y) for k, h in heads.items()}, n, device)
 
 
+def resident(field):
+    "This process's memory in MiB: 'VmRSS' now, 'VmHWM' at its highest."
+    return int(next(o for o in Path('/proc/self/status').read_text().splitlines() if o.startswith(field)).split()[1])/2**10
+
+
 def peak(name, device, bs, whole, out):
     "Put into `out` the peak memory, in MiB, of training steps of variant `name`, less what stood there before the first."
     head = make_heads('cpu')[name].to(device)
@@ -106,9 +110,10 @@ def peak(name, device, bs, whole, out):
         base = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()
         step(); step()
         return out.put((torch.cuda.max_memory_allocated() - base)/2**20)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path('/proc/self/clear_refs').write_text('5')  # sets the high-water mark back to what is resident now
+    base = resident('VmRSS')
     step(); step()
-    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)/2**10)
+    out.put(resident('VmHWM') - base)
 
 
 def memory(device, whole, bs):
@@ -142,7 +147,7 @@ def cpu_name():
 
 def machine(device):
     if device == 'cuda': return torch.cuda.get_device_name()
-    return f'{torch.get_num_threads()} threads of a {cpu_name()} CPU'
+    return f'{torch.get_num_threads()} threads of a CPU of type {cpu_name()}'
 
 
 def table(times, mem, unit):
