@@ -20,7 +20,7 @@ import albumentations as A  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from fastai.vision.all import (Brightness, Contrast, Flip, Hue, ImageDataLoaders, Normalize, RandomResizedCrop, Rotate,  # noqa: E402
+from fastai.vision.all import (Brightness, Contrast, Dihedral, Hue, ImageDataLoaders, Normalize, RandomResizedCrop, Rotate,  # noqa: E402
                                Saturation, imagenet_stats)
 from torchvision import transforms as T  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
@@ -36,17 +36,21 @@ def generated(folder, n, w=500, h=375):
     "`n` JPEGs with the texture and the file size of photographs, in two class folders."
     rng = np.random.default_rng(0)
     for i in range(n):
-        im = sum(cv2.resize(rng.normal(0, s, (h//k+1, w//k+1, 3)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC)
-                 for k, s in [(96, 50), (24, 22), (6, 9), (2, 4)])
-        d = folder/f'{"ab"[i % 2]}'
+        d = folder/'ab'[i % 2]
         d.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(d/f'{i:04}.jpg'), np.clip(im+120, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        cv2.imwrite(str(d/f'{i:04}.jpg'), np.clip(photo(rng, w, h)+120, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
     return folder
 
 
 def light_without_jitter(size):
     "Report A's geometry alone: the jitter is left to the device."
     return A.Compose(light_tfms(size).transforms[:-1])
+
+
+def photo(rng, w, h):
+    "Noise at several scales: the texture of a photograph, and a JPEG as large as one."
+    layers = [(96, 50), (24, 22), (6, 9), (2, 4)]
+    return sum(cv2.resize(rng.normal(0, s, (h//k+1, w//k+1, 3)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC) for k, s in layers)
 
 
 def torchvision_loader(folder):
@@ -58,13 +62,14 @@ def torchvision_loader(folder):
 
 def fastai_loader(folder):
     "The same operations with fastai's transforms."
-    tfms = [Flip(), Flip(pad_mode='zeros'), Rotate(15, p=1., pad_mode='zeros'), Brightness(.1, p=1.), Contrast(.2, p=1.), Saturation(.2, p=1.), Hue(.1, p=1.),
-            Normalize.from_stats(*imagenet_stats, cuda=False)]
-    return ImageDataLoaders.from_folder(folder, valid_pct=.01, item_tfms=RandomResizedCrop(SIZE, min_scale=.8), batch_tfms=tfms, bs=BS, num_workers=0,
-                                        device='cpu').train
+    tfms = [Dihedral(pad_mode='zeros'), Rotate(15, p=1., pad_mode='zeros'), Brightness(.1, p=1.), Contrast(.2, p=1.), Saturation(.2, p=1.),
+            Hue(.1, p=1.), Normalize.from_stats(*imagenet_stats, cuda=False)]
+    return ImageDataLoaders.from_folder(folder, valid_pct=.01, item_tfms=RandomResizedCrop(SIZE, min_scale=.8), batch_tfms=tfms, bs=BS,
+                                        num_workers=0, device='cpu').train
 
 
-def ours(folder, augment='light', **kw): return image_dls(folder, valid_pct=.01, size=SIZE, bs=BS, augment=augment, device='cpu', **{'num_workers': 0, **kw}).train
+def ours(folder, augment='light', num_workers=0, **kw):
+    return image_dls(folder, valid_pct=.01, size=SIZE, bs=BS, augment=augment, device='cpu', num_workers=num_workers, **kw).train
 
 
 def without_float(dl):
@@ -112,20 +117,40 @@ def single(folder, rounds, limit):
     return rates
 
 
+def with_workers(folder, rounds, limit):
+    "One worker process beside two; starting them is counted."
+    dls = {n: ours(folder, num_workers=n) for n in (1, 2)}
+    rates = contest({f'{n} worker{"s"*(n > 1)}': lambda dl=dl: dl for n, dl in dls.items()}, rounds, limit)
+    table(rates, '1 worker')
+
+
+def with_cache(tmp, rounds, limit):
+    "The presized cache beside decoding, on images of 1,000 px."
+    folder = generated(tmp/'large', limit+32, 1000, 750)
+    plain, t = ours(folder), time.perf_counter()
+    cached = ours(folder, cache=tmp/'cache')
+    print(f'cache of {limit+32} images built in {time.perf_counter()-t:.1f} s')
+    rates = contest({'1,000 px, decoded': lambda: plain, '1,000 px, from the cache': lambda: cached}, rounds, limit)
+    table(rates, '1,000 px, decoded')
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--images', type=Path, help='folder of class folders of JPEGs; generated ones when not given')
-    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--limit', type=int, default=256, help='images a round and contestant')
-    p.add_argument('--workers', action='store_true')
-    p.add_argument('--cache', action='store_true')
+    p.add_argument('--workers', action='store_true', help='also one worker beside two')
+    p.add_argument('--cache', action='store_true', help='also the presized cache')
     args = p.parse_args()
     torch.set_num_threads(1); cv2.setNumThreads(1)
     tmp = Path(tempfile.mkdtemp())
     try:
         folder = args.images or generated(tmp/'images', args.limit+64)
-        print(f'{"your" if args.images else "generated 500×375"} images, size {SIZE}, batches of {BS}, one process, one thread, medians of {args.rounds} rounds')
+        kind = 'your' if args.images else 'generated 500×375'
+        print(f'{kind} images, size {SIZE}, batches of {BS}, one process, one thread, medians of {args.rounds} rounds')
         single(folder, args.rounds, args.limit)
+        if args.workers: with_workers(folder, args.rounds, 4*args.limit)
+        if args.cache: with_cache(tmp, args.rounds, args.limit)
     finally: shutil.rmtree(tmp)
 
 

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.html.md"""
 __all__ = ['imagenet_mean', 'imagenet_std', 'AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageDL', 'ImageDatasets',
            'default_workers', 'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'image_loader']
 
-# %% ../nbs/080_data.ipynb #0ef72213
+# %% ../nbs/080_data.ipynb #9aae3056
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +22,14 @@ import pandas as pd
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Normalize
-from fastai.torch_core import TensorCategory
+from fastai.torch_core import TensorCategory, default_device
 from fastai.vision.core import TensorImage
 from fasttransform import DisplayedTransform, Transform
 from PIL import Image
-from .augment import apply_tfms, augment_tfms
+from .augment import apply_tfms, augment_tfms, split_colour
 from .cache import build_cache
 from .core import choice, track
+from .device import DeviceColour
 from .image import ImageError, image_files, pil_rgb, read_image, to_rgb # noqa: F401  image_files is asked for here too
 from .sources import Sample, class_names, fold_split, list_samples, split_folders, stratified_split, table_samples
 
@@ -44,17 +45,19 @@ def _decode_side(pipe, size: int) -> int: # side in pixels
     scale = getattr(pipe.transforms[0], 'scale', (1, 1))
     return int(np.ceil(size/np.sqrt(scale[0])))
 
-# %% ../nbs/080_data.ipynb #4b9800de
+# %% ../nbs/080_data.ipynb #93097a8e
 class AugmentImage(Transform):
     "Read an image and augment it: a `Sample`, path, PIL image or array becomes a uint8 `TensorImage`, channels first."
     input_types = Sample, Path, str, Image.Image, np.ndarray # what `test_dl` and `predict` take
     def __init__(self,
         augment: str, # a key of `augment_recipes`, or a function of the size
         size: int, # side in pixels
-        split_idx: int # 0: for training images, 1: for the others
+        split_idx: int, # 0: for training images, 1: for the others
+        colour: bool = True # run the recipe's colour jitter and erasing too; false: `DeviceColour` does
     ):
         self.augment, self.size, self.split_idx, self.epoch_seed, self.index = augment, size, split_idx, None, 0
         self.pipe = augment_tfms(augment, size)
+        if not colour: self.pipe = split_colour(self.pipe)[0]
         self.decode_side, self.cache = _decode_side(self.pipe, size), None
 
     def _pixels(self, o) -> np.ndarray: # uint8 H×W×3
@@ -74,7 +77,7 @@ class LabelOf(Transform):
     "The label of a `Sample`."
     def encodes(self, o: Sample): return o.label
 
-# %% ../nbs/080_data.ipynb #ba33c23a
+# %% ../nbs/080_data.ipynb #0b4f12c0
 class NormalizeUint8(DisplayedTransform):
     "Turn a batch of uint8 images into normalised floats on the batch's device: `(x/255 - mean)/std`."
     parameters, order = ('scale', 'shift'), 99
@@ -89,12 +92,12 @@ class NormalizeUint8(DisplayedTransform):
     def to(self, device): self.scale, self.shift = self.scale.to(device), self.shift.to(device); return self
     def encodes(self, x: TensorImage):
         if self.scale.device != x.device: self.to(x.device)
-        return x.float().mul_(self.scale).add_(self.shift) # ten times as fast on a CPU as `x*scale`, which converts one by one
+        return x.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift) # ten times as fast on a CPU as `x*scale`, which converts one by one
     def decodes(self, x: TensorImage):
         "Back to 0…1, to be shown."
         return ((x - self.shift.to(x.device))/(255*self.scale.to(x.device))).clamp(0, 1)
 
-# %% ../nbs/080_data.ipynb #47515a0d
+# %% ../nbs/080_data.ipynb #c236a679
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, and names the file when an image cannot be read."
     _tfms, weights = (), None # weight of each item, when classes are drawn with other odds than they have
@@ -102,6 +105,8 @@ class ImageDL(TfmdDL):
         super().before_iter()
         self._tfms, seed = _augments(self), self.rng.randint(0, 2**32-1)
         for t in self._tfms: t.epoch_seed = seed
+        for t in self.after_batch.fs:
+            if isinstance(t, DeviceColour): t.reseed(seed)
 
     def create_item(self, s):
         for t in self._tfms: t.index = s or 0
@@ -169,7 +174,7 @@ def _samples(path, train, valid, csv, group) -> tuple[list[Sample], list[Sample]
     if valid in ('val', None): valid = next((n for n in ('val.txt', 'valid.txt', 'validation.txt') if valid and (path/n).is_file()), None)
     return list_samples(path/train, path), list_samples(path/valid, path) if valid else []
 
-# %% ../nbs/080_data.ipynb #478e0ef0
+# %% ../nbs/080_data.ipynb #6983c1f5
 def image_dls(
     path: str|Path, # folder of images; also what relative paths of a table or list are relative to
     *,
@@ -183,25 +188,30 @@ def image_dls(
     size: int = 224, # side of the square images, in pixels
     bs: int = 32, # images in a batch; fewer when there are fewer images
     augment: str = 'light', # a key of `augment_recipes`, for the training images
+    colour_on: str = 'auto', # where colour jitter and erasing run: 'workers', 'device', or 'auto': the device when it is a GPU
     num_workers: int|None = None, # loader processes; `default_workers` when not given
     seed: int = 42, # of split, order and augmentation
     cache: bool|str|Path = False, # shrink the images once and keep them in this folder; `True`: in `.cache` in the data folder
     on_bad: str = 'error', # unreadable images: 'error' stops at the first and names it, 'skip' tries all at the start, names and drops the bad
     mean: tuple = imagenet_mean, # of the normalisation; `fusion_learner` sets its backbone's own
     std: tuple = imagenet_std,
-    vocab: list[str]|str|Path|None = None, # class names in the order of the model's outputs, or the file that lists them; else natural order
+    vocab: list[str]|str|Path|None = None, # class names in the order of the model's outputs, or a file that lists them; else natural order
     device: torch.device|str|None = None # fastai's default device when not given
 ) -> DataLoaders:
     "DataLoaders of uint8 images for a classifier, from class folders, a table or lists."
     path = Path(path)
-    choice(on_bad, ('error', 'skip'), 'on_bad')
+    choice(on_bad, ('error', 'skip'), 'on_bad'); choice(colour_on, ('auto', 'workers', 'device'), 'colour_on')
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
     tr, va = _samples(path, train, None if folds else valid, csv, group)
     tr, va, left_out = _drop_bad(tr, va) if on_bad == 'skip' else (tr, va, {})
+    if isinstance(vocab, (str, Path)) and not Path(vocab).is_file(): vocab = path/vocab
     names, tr, va = class_names(tr, va, vocab)
     if folds: tr, va = fold_split(tr, folds, fold, seed)
     elif not va: tr, va = stratified_split(tr, valid_pct or .2, seed)
-    dls = _make_dls(tr, va, names, size, bs, augment, num_workers, seed, NormalizeUint8(mean, std), device, path)
+    device = default_device() if device is None else torch.device(device)
+    train_tfm, colour = _train_tfms(augment, size, colour_on == 'device' or colour_on == 'auto' and device.type == 'cuda')
+    image_tfms, batch_tfms = [train_tfm, AugmentImage('none', size, 1)], [*colour, NormalizeUint8(mean, std)]
+    dls = _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, path)
     if cache: _use_cache(dls, path/'.cache' if cache is True else Path(cache))
     dls.left_out = left_out
     return dls
@@ -212,12 +222,18 @@ def _use_cache(dls: DataLoaders, folder: Path):
     cache = build_cache([s.path for ds in (dls.train_ds, dls.valid_ds) for s in ds.items], max(t.decode_side for t in augs), folder)
     for t in augs: t.cache = cache
 
-def _make_dls(tr, va, names, size, bs, augment, num_workers, seed, norm, device, path) -> DataLoaders:
+def _train_tfms(augment, size: int, on_device: bool) -> tuple[AugmentImage, list]:
+    "The recipe as a transform for the workers and a list of those for the device."
+    if not on_device: return AugmentImage(augment, size, 0), []
+    _, jitter, erase = split_colour(augment_tfms(augment, size))
+    return AugmentImage(augment, size, 0, colour=False), [DeviceColour(jitter, erase)] if jitter or erase else []
+
+def _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, path) -> DataLoaders:
     "DataLoaders of two lists of samples."
-    tfms = [[AugmentImage(augment, size, 0), AugmentImage('none', size, 1)], [LabelOf(), Categorize(vocab=names, sort=False)]]
-    ds = ImageDatasets(tr+va, tfms=tfms, splits=[range(len(tr)), range(len(tr), len(tr)+len(va))])
+    ds = ImageDatasets(tr+va, tfms=[image_tfms, [LabelOf(), Categorize(vocab=names, sort=False)]],
+                       splits=[range(len(tr)), range(len(tr), len(tr)+len(va))])
     workers = default_workers(len(tr)) if num_workers is None else num_workers
-    dls = ds.dataloaders(bs=min(bs, len(tr)), dl_type=ImageDL, num_workers=workers, after_batch=[norm], device=device, path=path,
+    dls = ds.dataloaders(bs=min(bs, len(tr)), dl_type=ImageDL, num_workers=workers, after_batch=batch_tfms, device=device, path=path,
                          pin_memory=torch.cuda.is_available())
     for i, dl in enumerate(dls.loaders): dl.rng = random.Random(seed+i)
     return dls

@@ -214,6 +214,7 @@ def test_workers(monkeypatch):
 
 def test_show_batch_and_results(learn):
     import matplotlib.pyplot as plt
+    plt.close('all')
     learn.dls.show_batch(max_n=4)
     learn.dls.train.show_batch(max_n=4, unique=True)
     with quiet(learn): learn.show_results(max_n=4)
