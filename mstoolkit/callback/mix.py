@@ -82,7 +82,7 @@ def _check_probabilities(cutmix, mixup):
     if cutmix + mixup > 1 + 1e-9:
         raise ValueError(f"cutmix={cutmix} and mixup={mixup} sum to {cutmix+mixup:g}, but a batch is mixed one way at most: make the sum 1 or less")
 
-# %% ../../nbs/090_callback.mix.ipynb #0e88cd79
+# %% ../../nbs/090_callback.mix.ipynb #7895d64e
 class BatchMix(Callback):
     "CutMix with probability `cutmix`, MixUp with probability `mixup`, else the batch as it is."
     # before `GradientAccumulation` divides the loss, and inside the autocast of `MixedPrecision`
@@ -116,13 +116,13 @@ class BatchMix(Callback):
         w: int # their width
     ) -> tuple[str, float, Tensor|None, tuple|None]: # 'cutmix', 'mixup' or 'none'; λ; permutation; box
         "Draw what happens to one batch."
-        u = self.rng.random()
+        u, v, cy, cx = self.rng.random(4)
         if u >= self.cutmix + self.mixup: return 'none', 1., None, None
-        kind, alpha = ('cutmix', self.cutmix_alpha) if u < self.cutmix else ('mixup', self.mixup_alpha)
-        a = self.rng.uniform(*alpha)
+        kind, (lo, hi) = ('cutmix', self.cutmix_alpha) if u < self.cutmix else ('mixup', self.mixup_alpha)
+        a = lo + v*(hi-lo)
         lam, perm, box = self.rng.beta(a, a), torch.from_numpy(self.rng.permutation(n)), None
         if kind == 'cutmix':
-            box = cutmix_box(h, w, lam, int(self.rng.integers(h)), int(self.rng.integers(w)))
+            box = cutmix_box(h, w, lam, int(cy*h), int(cx*w))
             lam = kept_share(box, h, w)
         return kind, lam, perm, box
 
@@ -134,11 +134,11 @@ class BatchMix(Callback):
     def before_train(self):
         "Forget the last epoch; off in the last epochs. The frozen phase of a `fine_tune` comes first, so it has no last epochs."
         last = not self.opt.frozen_idx and self.epoch >= self.n_epoch - self.off_epochs
-        self.active, self.mixed_epoch = not last, False
+        self.active, self.mixed_epoch, self.lam, self.yb_b = not last, False, 1., None
 
     def before_batch(self):
         "Mix the batch."
-        self.lam, self.yb_b = 1., None
+        if self.mixed: self.lam, self.yb_b = 1., None
         if not self.active: return
         xb, yb = self.learn.xb, self.learn.yb
         if len(xb) != 1 or xb[0].ndim != 4:
@@ -151,13 +151,13 @@ class BatchMix(Callback):
         x, _, y_b, self.lam = mix(x, yb[0].as_subclass(Tensor), lam, *args)
         self.learn.xb = (x,)
         self.yb_b = (y_b, *(o.as_subclass(Tensor)[perm] for o in yb[1:]))
-        self.mixed_epoch = True
+        if not self.mixed_epoch: self.mixed_epoch = True
 
     def after_loss(self):
         "Share the loss out between the own and the others' targets; the learner's loss itself is never replaced."
         if not self.mixed: return
         learn = self.learn
-        own, other = (o.as_subclass(Tensor) for o in (learn.loss_grad, learn.loss_func(learn.pred, *self.yb_b)))
+        own, other = (o if type(o) is Tensor else o.as_subclass(Tensor) for o in (learn.loss_grad, learn.loss_func(learn.pred, *self.yb_b)))
         learn.loss_grad = torch.lerp(other, own, self.lam)
         learn.loss = learn.loss_grad.clone()
 
