@@ -41,7 +41,7 @@ def kept_share(
     y1, y2, x1, x2 = box
     return 1 - (y2-y1)*(x2-x1)/(h*w)
 
-# %% ../../nbs/090_callback.mix.ipynb #3cd89e17
+# %% ../../nbs/090_callback.mix.ipynb #3ce5da60
 def cutmix_batch(
     x: Tensor, # (N, C, H, W) images of any type
     y: Tensor, # (N, …) targets
@@ -51,12 +51,9 @@ def cutmix_batch(
 ) -> tuple[Tensor, Tensor, Tensor, float]: # mixed images, own targets, the others' targets, λ
     "Paste `box` of image `perm[i]` into a copy of image `i`."
     y1, y2, x1, x2 = box
-    mixed, inside = torch.empty_like(x), (..., slice(y1, y2), slice(x1, x2))
-    n = len(x) if x.is_cuda else 8  # a CPU takes a few images at a time: their boxes are pasted while they are still in its cache
-    for copy, own, source in zip(mixed.split(n), x.split(n), perm.split(n)):
-        copy.copy_(own)
-        # straight into the copy; `copy[inside] = x[inside][source]` would gather into memory of its own first, at twice the cost
-        torch.index_select(x[inside], 0, source, out=copy[inside])
+    mixed, inside = x.clone(), (..., slice(y1, y2), slice(x1, x2))
+    # straight into the copy; `mixed[inside] = x[inside][perm]` would gather into memory of its own first, at twice the cost
+    torch.index_select(x[inside], 0, perm, out=mixed[inside])
     return mixed, y, y[perm], kept_share(box, *x.shape[-2:]) if lam is None else lam
 
 # %% ../../nbs/090_callback.mix.ipynb #7c9d62d8
