@@ -28,6 +28,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from matplotlib.figure import Figure
 from mstoolkit.callback.mix import BatchMix
+from mstoolkit.callback.speed import keep_freed_memory
 from mstoolkit.core import write_text
 from timm.data.mixup import Mixup as TimmMixup
 from timm.loss import SoftTargetCrossEntropy
@@ -133,6 +134,7 @@ def main():
     p.add_argument('--date', default=time.strftime('%Y-%m-%d'))
     p.add_argument('--out', type=Path, default=Path(__file__).parent)
     o = p.parse_args()
+    if o.device == 'cpu': keep_freed_memory()  # as `train` does, for all four alike
     ms = measure(o.device, o.bs, o.size, o.rounds, o.batches)
     costs = {k: (ms[k][0], max(ms[k][1] - ms[plain][1], 0.)) for k, plain in unmixed.items()}
     ours = sum(costs['mstoolkit BatchMix'])
