@@ -193,7 +193,7 @@ def demo(
     from mstoolkit.demo import demo as run
     run(out)
 
-# %% ../nbs/210_cli.ipynb #f4167e29
+# %% ../nbs/210_cli.ipynb #e3efa559
 def _one_line(e: Exception) -> str:
     "What went wrong, in one line."
     text = f'{e.strerror}: {e.filename!r}' if isinstance(e, OSError) and e.strerror and e.filename else str(e) or type(e).__name__
@@ -204,11 +204,14 @@ def main(
 ) -> int: # exit code: 0, 2 for a user's mistake, 130 when interrupted
     "Run the command line."
     warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)  # fastai's, at import; nothing a user could mend
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clean-up runs
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main_thread else None  # so that clean-up runs
     try: app(args, prog_name='mstoolkit')
     except SystemExit as e: return e.code or 0
     except (ValueError, OSError, ImportError) as e:
         if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)
         return 2
+    finally:
+        if main_thread: signal.signal(signal.SIGTERM, before)
     return 0

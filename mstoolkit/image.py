@@ -182,7 +182,7 @@ def _decode(data: bytes, size: int|None) -> np.ndarray:
         return to_rgb(im if im.ndim == 2 else im[..., [2, 1, 0, 3][:im.shape[2]]])
     return _pillow(data)
 
-# %% ../nbs/075_image.ipynb #3d7f9503
+# %% ../nbs/075_image.ipynb #6dd9c77a
 def decode_image(
     data: bytes, # an image file's content
     size: int|None = None # side the model will see; a JPEG of at least twice that is decoded at a half, a quarter or an eighth of its size
@@ -191,7 +191,8 @@ def decode_image(
     try: return _decode(data, size)
     except ImageError: raise
     except Image.DecompressionBombError as e: raise ImageError(str(e), 'huge') from e
-    except (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, struct.error, MemoryError, cv2.error) as e:
+    except (OSError, ValueError, RuntimeError, SyntaxError, IndexError, KeyError, TypeError, EOFError, struct.error, MemoryError,
+            cv2.error) as e:
         why = str(e).split(' <_io')[0].split('\n')[0] or type(e).__name__
         raise ImageError(why, 'truncated' if 'truncated' in why or 'EOF' in why else 'damaged') from e
 

@@ -2,7 +2,6 @@
 import os
 import pickle
 import resource
-import time
 from io import BytesIO
 
 import cv2
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from mstoolkit.core import natural_key
 from mstoolkit.image import ImageError, bad_kinds, decode_image, image_files, image_header, pil_rgb, read_image, to_rgb
 
 from corpus import RGB, bad_files, good_files, picture, save, write_corpus
@@ -126,19 +124,6 @@ def test_listing_a_linked_folder(tmp_path):
     (tmp_path/'data').mkdir()
     (tmp_path/'data'/'link').symlink_to(tmp_path/'real', target_is_directory=True)
     assert [f.name for f in image_files(tmp_path/'data')] == ['a.png']
-
-
-def test_listing_time_grows_linearly(tmp_path):
-    def seconds(n):
-        d = tmp_path/str(n)
-        for c in range(20): (d/f'c{c}').mkdir(parents=True)
-        for i in range(n): open(d/f'c{i%20}'/f'{i}.jpg', 'w').close()
-        t = time.perf_counter()
-        files = image_files(d)
-        assert len(files) == n and files == sorted(files, key=natural_key)
-        return time.perf_counter()-t
-    seconds(500)
-    assert seconds(8000) < 12*seconds(2000)
 
 
 def test_the_whole_corpus_lists(tmp_path):
