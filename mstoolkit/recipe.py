@@ -152,7 +152,7 @@ def save_recipe(
     "Write `recipe` to `path`, whole or not at all."
     return write_text(path, recipe_to_toml(recipe))
 
-# %% ../nbs/150_recipe.ipynb #a37743ff
+# %% ../nbs/150_recipe.ipynb #88f628d9
 _mix = Recipe(head='mlp', augment='affine', opt='adamw', wd=1e-2, schedule='warm-restarts', loss='cross-entropy', cutmix=.4, mixup=.4,
               cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6), plateau_patience=-1, stop_patience=0)
 
@@ -164,6 +164,6 @@ recipes = {r.name: r for r in (
     replace(_mix, name='mix-resnext50', backbone='resnext50_32x4d.fb_swsl_ig1b_ft_in1k', epochs=200),
     replace(_mix, name='mix-resnext101', backbone='resnext101_32x8d.fb_swsl_ig1b_ft_in1k', epochs=310),
     replace(_mix, name='mix-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k_288', epochs=70),
-    Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='upright', epochs=10, bs=64, lr=5e-3, wd=.05,
+    Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='none', epochs=10, bs=64, lr=5e-3, wd=.05,
            opt='adamw', schedule='one-cycle', cutmix=0., plateau_patience=-1, stop_patience=0),
 )}
