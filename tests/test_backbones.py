@@ -6,6 +6,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from mstoolkit.data import image_dls
+from mstoolkit.learner import fusion_learner
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.models.split import stage_splitter
 from sweep import check_backbone
@@ -51,3 +53,14 @@ def test_family_trains(name, head):
     assert all(o.isfinite() for o in losses) and losses[-1] < losses[0]
     moved = [any(not torch.equal(p, q) for p, q in zip(g, b)) for g, b in zip(groups, before)]
     assert moved == [False] + [True]*(len(groups) - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FAMILIES)
+def test_family_fine_tunes(name, image_folder, tmp_path):
+    "One epoch of `fine_tune`, frozen and unfrozen, on real image files."
+    size = FAMILIES[name]
+    dls = image_dls(image_folder, size=size, bs=8, augment='light', num_workers=0, device='cpu')
+    learn = fusion_learner(dls, name, head='gated', pretrained=False, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
+    assert all(torch.tensor(learn.recorder.values[-1]).isfinite()) and learn.get_preds()[0].shape[1] == len(dls.vocab)
