@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.html.md"""
 __all__ = ['imagenet_mean', 'imagenet_std', 'AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageDL', 'ImageDatasets',
            'default_workers', 'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'image_loader']
 
-# %% ../nbs/080_data.ipynb #9aae3056
+# %% ../nbs/080_data.ipynb #533ddd71
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +28,7 @@ from fasttransform import DisplayedTransform, Transform
 from PIL import Image
 from .augment import apply_tfms, augment_tfms, split_colour
 from .cache import build_cache
+from .callback.speed import keep_freed_memory
 from .core import choice, track
 from .device import DeviceColour
 from .image import ImageError, image_files, pil_rgb, read_image, to_rgb # noqa: F401  image_files is asked for here too
@@ -97,7 +98,7 @@ class NormalizeUint8(DisplayedTransform):
         "Back to 0…1, to be shown."
         return ((x - self.shift.to(x.device))/(255*self.scale.to(x.device))).clamp(0, 1)
 
-# %% ../nbs/080_data.ipynb #c236a679
+# %% ../nbs/080_data.ipynb #99f9fff8
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, and names the file when an image cannot be read."
     _tfms, weights = (), None # weight of each item, when classes are drawn with other odds than they have
@@ -116,12 +117,17 @@ class ImageDL(TfmdDL):
         if self.weights is None: return super().shuffle_fn(idxs)
         return self.rng.choices(idxs, [self.weights[i] for i in idxs], k=len(idxs))
 
-    def wif(self): cv2.setNumThreads(0) # one thread a worker: the workers are the parallelism
+    def wif(self):
+        cv2.setNumThreads(0) # one thread a worker: the workers are the parallelism
+        keep_freed_memory() # each decoded picture reuses the pages of the one before
 
     def __iter__(self):
         try: yield from super().__iter__()
         except ImageError as e: # a worker wraps the message in its own traceback
             raise ImageError(f"{str(e).rpartition('ImageError: ')[2].strip()}; on_bad='skip' leaves such files out", e.kind) from None
+        except RuntimeError as e:
+            if 'DataLoader worker' not in str(e): raise
+            raise RuntimeError("a loader process died, most often for want of memory: use fewer of them (num_workers) or a smaller size") from e
 
 def _augments(dl) -> list[AugmentImage]:
     "The `AugmentImage` transforms of a loader's data set."

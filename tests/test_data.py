@@ -1,6 +1,9 @@
 "DataLoaders: agreement with Pillow, determinism, errors, and everything a fastai user does with them."
+import os
+import signal
 from io import BytesIO
 
+import albumentations as A
 import cv2
 import fastai.callback.all  # noqa: F401  the Learner methods that a notebook has
 import matplotlib
@@ -180,6 +183,19 @@ def test_a_file_that_vanishes_is_named(spoiled):
     (spoiled/'val'/'red'/'0.png').unlink()
     with pytest.raises(ImageError, match='0.png cannot be read: No such file') as e: list(dls.valid)
     assert e.value.kind == 'missing'
+
+
+def die(im, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly(size):
+    "A recipe that kills its process."
+    return A.Compose([A.Lambda(image=die), A.Resize(size, size)])
+
+
+def test_a_worker_that_dies_is_reported(folder):
+    dls = image_dls(folder, size=16, num_workers=1, device='cpu', augment=deadly)
+    with pytest.raises(RuntimeError, match='a loader process died, most often for want of memory'): list(dls.train)
 
 
 def test_unreadable_images(spoiled):
