@@ -8,15 +8,17 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 __all__ = ['choice', 'natural_key', 'seed_everything', 'atomic_path', 'write_text', 'check_new', 'new_folder', 'track',
            'pick_device']
 
-# %% ../nbs/010_core.ipynb #f0deed95
+# %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
 import difflib
+import errno
 import os
 import random
 import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -94,15 +96,18 @@ def write_text(
     with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/010_core.ipynb #108b8284
+# %% ../nbs/010_core.ipynb #8ea06cc2
 def check_new(
     path: str|Path, # where something is about to be written
     what: str = 'file' # what it is, for the error: 'run folder'
 ) -> Path: # `path`
-    "Refuse a path where something is already; an empty folder counts as nothing."
+    "Refuse a path where something is already, or nothing can be written; an empty folder counts as nothing."
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{what} {str(path)!r} already exists and nothing is ever overwritten: choose another name or move it away")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f'cannot write {what}', str(path))
     return path
 
 # %% ../nbs/010_core.ipynb #85ae4b32
@@ -121,12 +126,13 @@ def new_folder(
         if first and first.exists() and not any(p.is_file() for p in first.rglob('*')): shutil.rmtree(first, ignore_errors=True)
         raise
 
-# %% ../nbs/010_core.ipynb #97ff7cb7
+# %% ../nbs/010_core.ipynb #5c43b90d
 def track(
     items: Iterable, # what to go through
     text: str, # what is being done, for the bar and the lines
     total: int|None = None, # number of items; taken from `len(items)` when it has one
-    file = None # where to write; standard error by default, so that standard output stays clean for data
+    file = None, # where to write; standard error by default, so that standard output stays clean for data
+    quiet: float = 2. # seconds for which no line is written: what is done by then needs no report
 ) -> Iterator: # the items
     "Go through `items` with a progress bar in a terminal or notebook, and with a line every tenth of the way elsewhere."
     file = file or sys.stderr
@@ -136,10 +142,10 @@ def track(
         from rich.progress import track as rich_track
         yield from rich_track(items, text, total=total, console=Console(file=file), transient=True)
         return
-    step = max(1, (total or 0)//10)
+    step, start = max(1, (total or 0)//10), time.monotonic()
     for i, o in enumerate(items, 1):
         yield o
-        if total and (i % step == 0 or i == total): print(f'{text}: {i}/{total}', file=file, flush=True)
+        if total and (i % step == 0 or i == total) and time.monotonic()-start >= quiet: print(f'{text}: {i}/{total}', file=file, flush=True)
 
 # %% ../nbs/010_core.ipynb #0ccb02d2
 def pick_device(

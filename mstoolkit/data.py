@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.html.md"""
 __all__ = ['imagenet_mean', 'imagenet_std', 'AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageDL', 'ImageDatasets',
            'default_workers', 'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'image_loader']
 
-# %% ../nbs/080_data.ipynb #533ddd71
+# %% ../nbs/080_data.ipynb #cf4b31ea
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ from .callback.speed import keep_freed_memory
 from .core import choice, track
 from .device import DeviceColour
 from .image import ImageError, image_files, pil_rgb, read_image, to_rgb # noqa: F401  image_files is asked for here too
-from .sources import Sample, class_names, fold_split, list_samples, split_folders, stratified_split, table_samples
+from .sources import Sample, class_names, fold_split, source_samples, stratified_split
 
 # %% ../nbs/080_data.ipynb #8da2ab1e
 def _to_tensor(im: np.ndarray) -> torch.Tensor: # uint8 H×W×3 → 3×H×W
@@ -98,7 +98,7 @@ class NormalizeUint8(DisplayedTransform):
         "Back to 0…1, to be shown."
         return ((x - self.shift.to(x.device))/(255*self.scale.to(x.device))).clamp(0, 1)
 
-# %% ../nbs/080_data.ipynb #99f9fff8
+# %% ../nbs/080_data.ipynb #1ec3e9ad
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, and names the file when an image cannot be read."
     _tfms, weights = (), None # weight of each item, when classes are drawn with other odds than they have
@@ -120,6 +120,11 @@ class ImageDL(TfmdDL):
     def wif(self):
         cv2.setNumThreads(0) # one thread a worker: the workers are the parallelism
         keep_freed_memory() # each decoded picture reuses the pages of the one before
+
+    def _one_pass(self):
+        "As fastai's, but a first file that cannot be read is named when the epoch comes to it, not here."
+        try: super()._one_pass()
+        except ImageError: self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
 
     def __iter__(self):
         try: yield from super().__iter__()
@@ -164,7 +169,7 @@ def unreadable_images(
     with ThreadPoolExecutor(os.cpu_count()) as ex: whys = list(track(ex.map(attempt, files), 'check images', total=len(files)))
     return {f: why for f, why in zip(files, whys) if why}
 
-# %% ../nbs/080_data.ipynb #4da25327
+# %% ../nbs/080_data.ipynb #2c59671e
 def _drop_bad(tr: list[Sample], va: list[Sample]) -> tuple[list[Sample], list[Sample], dict]:
     "Leave out what cannot be read, and say so."
     bad = unreadable_images([s.path for s in tr+va])
@@ -173,14 +178,7 @@ def _drop_bad(tr: list[Sample], va: list[Sample]) -> tuple[list[Sample], list[Sa
     if not tr: raise ValueError(f"none of the {len(bad)} images can be read")
     return tr, va, bad
 
-def _samples(path, train, valid, csv, group) -> tuple[list[Sample], list[Sample]]:
-    "Training and validation samples from whichever source was given."
-    if csv is not None: return table_samples(csv, path, group=group)
-    if not (path/train).is_file(): return split_folders(path, train, valid)
-    if valid in ('val', None): valid = next((n for n in ('val.txt', 'valid.txt', 'validation.txt') if valid and (path/n).is_file()), None)
-    return list_samples(path/train, path), list_samples(path/valid, path) if valid else []
-
-# %% ../nbs/080_data.ipynb #6983c1f5
+# %% ../nbs/080_data.ipynb #b41fa933
 def image_dls(
     path: str|Path, # folder of images; also what relative paths of a table or list are relative to
     *,
@@ -208,7 +206,7 @@ def image_dls(
     path = Path(path)
     choice(on_bad, ('error', 'skip'), 'on_bad'); choice(colour_on, ('auto', 'workers', 'device'), 'colour_on')
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    tr, va = _samples(path, train, None if folds else valid, csv, group)
+    tr, va = source_samples(path, train, None if folds else valid, csv, group)
     tr, va, left_out = _drop_bad(tr, va) if on_bad == 'skip' else (tr, va, {})
     if isinstance(vocab, (str, Path)) and not Path(vocab).is_file(): vocab = path/vocab
     names, tr, va = class_names(tr, va, vocab)

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/image.html.md"""
 __all__ = ['image_suffixes', 'bad_kinds', 'max_pixels', 'image_format', 'image_files', 'ImageError', 'ImageHeader',
            'image_header', 'to_rgb', 'pil_rgb', 'decode_image', 'read_image']
 
-# %% ../nbs/075_image.ipynb #8cdabc45
+# %% ../nbs/075_image.ipynb #9eee47ce
 import os
 import stat
 import struct
@@ -20,6 +20,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from .core import natural_key
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR) # what is wrong with a file is said once, by name, in an `ImageError`
 
 # %% ../nbs/075_image.ipynb #d187d90a
 image_suffixes = set('.avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split()) # endings that are taken for images

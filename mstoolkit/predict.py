@@ -81,11 +81,10 @@ def predict_folder(
         for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = [classes[o] for o in i[:, k].tolist()], p[:, k].numpy().round(6)
     return df
 
-# %% ../nbs/180_predict.ipynb #23f21acc
+# %% ../nbs/180_predict.ipynb #9ba05c1f
 def _report_bad(bad: dict, n: int, on_bad: str):
     "Name every unreadable image, and stop unless told to go on."
-    lines = '; '.join(f'{f} ({why})' for f, why in bad.items())
-    text = f"{len(bad)} of {n} images cannot be read: {lines}"
+    text = f"{len(bad)} of {n} images cannot be read: {'; '.join(bad.values())}"
     if on_bad == 'error': raise ValueError(f"{text}. Mend or remove them, or leave their rows out with on_bad='skip' (--on-bad skip)")
     print(f"warning: {text}. Their rows are left out", file=sys.stderr)
 

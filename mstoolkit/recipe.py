@@ -51,7 +51,7 @@ def _checked(
     if kind is tuple: return tuple(map(float, v)) if isinstance(v, (tuple, list)) else float(v)
     return v
 
-# %% ../nbs/150_recipe.ipynb #863a247e
+# %% ../nbs/150_recipe.ipynb #39a89546
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Every choice of a training run."
@@ -64,7 +64,7 @@ class Recipe:
     weights_file:str = _f('', str, 'Model', "local file with the backbone's pretrained weights, instead of a download")
     # data
     size:int = _f(224, int, 'Data', "side of the square images the model sees, in pixels", lo=8, hi=4096)
-    augment:str = _f('light', str, 'Data', "augmentation of the training images")
+    augment:str = _f('light', str, 'Data', "augmentation of the training images: none, light, affine, strong, upright or shift")
     valid_pct:float = _f(.2, float, 'Data', "share of the training images held out where there is no validation folder", above=0, hi=.9)
     num_workers:int = _f(-1, int, 'Data', "loader processes; -1 chooses by machine and data", lo=-1, hi=256)
     # training
@@ -85,6 +85,8 @@ class Recipe:
     cutmix_alpha:tuple = _f(1., tuple, 'Training', "Beta parameter of CutMix, or a range to draw it from", above=0)
     mixup_alpha:tuple = _f(.4, tuple, 'Training', "Beta parameter of MixUp, or a range to draw it from", above=0)
     mix_off_epochs:int = _f(0, int, 'Training', "last epochs without mixing", lo=0)
+    balance:str = _f('none', str, 'Training', "for uneven classes: logit-adjust (the first to try), sampler or weights",
+                     choices=('none', 'logit-adjust', 'sampler', 'weights'))
     monitor:str = _f('accuracy', str, 'Training', "what plateau, early stop and best model look at", choices=('accuracy', 'valid_loss'))
     plateau_patience:int = _f(5, int, 'Training', "epochs without improvement before the rate is cut; -1 never cuts", lo=-1)
     plateau_factor:float = _f(.25, float, 'Training', "what the rate is cut to, as a factor", above=0, hi=.999)

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 __all__ = ['optimizers', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'environment', 'free_run_folder', 'StopOnNaN',
            'KeepModel', 'train']
 
-# %% ../nbs/170_train.ipynb #2e5f7a9e
+# %% ../nbs/170_train.ipynb #86de0b3a
 import itertools
 import json
 import platform
@@ -29,11 +29,13 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
 from .artifact import Classifier, library_versions
+from .balance import balance_learner
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
 from .callback.schedule import fit_warm_restarts
 from .callback.speed import MemoryFormat, keep_freed_memory
 from .callback.tracker import EarlyStop, KeepBest, PlateauLR
+from .check import check_samples
 from .core import atomic_path, check_new, new_folder, pick_device, seed_everything, write_text
 from .data import image_dls
 from .interpret import plot_curves, valid_predictions
@@ -57,7 +59,7 @@ def recipe_dls(
     if not len(dls.valid_ds): raise ValueError(f"no image of {str(data)!r} is left for validation: give a class two images or more, or a val folder")
     return dls
 
-# %% ../nbs/170_train.ipynb #15d20929
+# %% ../nbs/170_train.ipynb #628b13ac
 def recipe_learner(
     r: Recipe, # what to do
     dls: DataLoaders # from `recipe_dls`
@@ -73,6 +75,7 @@ def recipe_learner(
     if r.precision != 'fp32': cbs.append(_precision_cb(r.precision, dls.device))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None, n_stages=r.n_stages,
                            loss_func=loss, opt_func=optimizers[r.opt], wd_bn_bias=True, metrics=accuracy, cbs=cbs)
+    if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
     if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are
     return learn
@@ -135,6 +138,17 @@ def _need_space(folder: Path, learn: Learner):
     if free < need:
         raise OSError(f"{str(folder)!r} has {free/1e6:.0f} MB free and this run needs {need/1e6:.0f} MB: make room or choose another --out")
 
+# %% ../nbs/170_train.ipynb #a83f2a46
+def _quick_check(dls: DataLoaders, data: str|Path):
+    "Look at every file's header and at the class counts; print what deserves a look, and stop where training would fail."
+    report = check_samples(dls.train_ds.items, dls.valid_ds.items, data)
+    for f in report.findings:
+        if f.level == 'warning': print(f'warning: {f.text}')
+    bad = [f for f in report.findings if f.level == 'error']
+    if bad:
+        example = f"; the first: {': '.join(bad[0].files[0])}" if bad[0].files else ''
+        raise ValueError(f"{bad[0].text}{example}. `mstoolkit check {data}` lists all; on_bad='skip' (--on-bad skip) leaves them out")
+
 # %% ../nbs/170_train.ipynb #cc374876
 class StopOnNaN(Callback):
     "End the run when an epoch's training loss is not a number: nothing that follows could be."
@@ -168,7 +182,7 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None) -> dict:
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows), 'stopped': stopped,
             'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds}
 
-# %% ../nbs/170_train.ipynb #3e107919
+# %% ../nbs/170_train.ipynb #00e28966
 def train(
     recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
     data: str|Path, # folder of images
@@ -184,18 +198,20 @@ def train(
     dls = recipe_dls(r, data, **data_kw)
     learn = recipe_learner(r, dls)
     if dls.device.type == 'cpu': keep_freed_memory()
+    _quick_check(dls, data)
     with new_folder(out, 'run folder') as run:
         _need_space(run, learn)
         learn.path = run
         save_recipe(r, run/'recipe.toml')
         env = environment(dls, data)
         write_text(run/'environment.json', json.dumps(env, indent=1))
+        if dls.left_out: write_text(run/'left_out.txt', '\n'.join(dls.left_out.values()))
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
         t0 = time.perf_counter()
         try: result = _fit_into(learn, r, run, cbs)
         except BaseException:  # a run that ended no epoch has nothing to keep, and should not take the name
-            if not learn.run_history.rows: [(run/f).unlink(missing_ok=True) for f in ('recipe.toml', 'environment.json')]
+            if not learn.run_history.rows: [(run/f).unlink(missing_ok=True) for f in ('recipe.toml', 'environment.json', 'left_out.txt')]
             raise
         write_text(run/'valid_predictions.csv', valid_predictions(learn).to_csv(index=False))
         env.update(result, seconds=round(time.perf_counter()-t0, 1))

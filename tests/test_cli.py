@@ -1,9 +1,11 @@
 "The command line: what it does, how fast it answers, and one clear line for every mistake."
+import json
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import fields
 
 import pandas as pd
 import pytest
@@ -43,6 +45,44 @@ def test_train_then_predict(run_folder, image_folder, tmp_path, capsys):
     assert 'already exists' in capsys.readouterr().err
     assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(csv), '--zip']) == 0
     with zipfile.ZipFile(csv.with_suffix('.zip')) as z: assert z.namelist() == ['prediction.csv']
+
+
+def test_check(image_folder, tmp_path, capsys):
+    page = tmp_path/'check.html'
+    assert main(['check', str(image_folder), '--html', str(page)]) == 0
+    assert 'nothing here would hurt training' in capsys.readouterr().out and page.read_text().startswith('<!doctype html>')
+    shutil.copy(image_folder/'train'/'2'/'0.png', image_folder/'val'/'2'/'leak.png')
+    assert main(['check', str(image_folder), '--json']) == 1
+    assert 'leak (exact)' in [f['kind'] for f in json.loads(capsys.readouterr().out)['findings']]
+    assert main(['check', str(image_folder), '--fast']) == 0  # no search for duplicates
+    assert main(['check', str(image_folder), '--html', str(page)]) == 2  # never overwritten
+
+
+def test_train_looks_at_the_headers_first(image_folder, tiny_options, tmp_path, capfd):
+    (image_folder/'train'/'2'/'0.png').write_bytes(b'GIF89a')
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'run'), *tiny_options]) == 2
+    out, err = capfd.readouterr()
+    assert len(err.splitlines()) == 1 and '0.png' in err and 'mstoolkit check' in err and not out and not (tmp_path/'run').exists()
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'run'), *tiny_options, '--on-bad', 'skip']) == 0
+    assert '0.png' in (tmp_path/'run'/'left_out.txt').read_text()
+
+
+def test_train_from_lists_and_folds(image_folder, tiny_options, tmp_path, capsys):
+    rows = [(p.relative_to(image_folder), p.parent.name) for p in sorted((image_folder/'train').rglob('*.png'))]
+    (image_folder/'train.txt').write_text(''.join(f'{p}, {c}\n' for p, c in rows))
+    (image_folder/'names.txt').write_text('red apple\n10\n2\n')
+    args = ['--train', 'train.txt', '--classes', 'names.txt', '--folds', '4', '--fold', '1', '--balance', 'sampler']
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'run'), *tiny_options, *args]) == 0
+    assert '18 training and 6 validation images' in capsys.readouterr().out
+    assert read_header(tmp_path/'run').classes == ['red apple', '10', '2']
+
+
+def test_help_lists_what_there_is():
+    from mstoolkit.augment import augment_recipes
+    from mstoolkit.models.fusion import head_meta
+    from mstoolkit.recipe import Recipe
+    said = {f.name: set(re.split(r'[ ,:]+', f.metadata['help'])) for f in fields(Recipe)}
+    assert set(augment_recipes) <= said['augment'] and set(head_meta) <= said['head']
 
 
 def test_a_run_folder_is_never_overwritten(run_folder, image_folder, tiny_options, capsys):
@@ -97,6 +137,7 @@ def no_folder(d): d.rename(d.with_name('gone'))
     (['--cutmix', '.7', '--mixup', '.7'], 'sum to 1 or less', None),
     (['--cutmix-alpha', '1,x'], 'neither a number nor a range', None),
     (['--valid', 'vall'], 'vall', None),
+    (['--group', 'patient'], 'give csv too', None),
     (['--out', '/proc/run'], '/proc/run', None),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(options, says, spoil, image_folder, tiny_options, tmp_path, capsys, monkeypatch):
