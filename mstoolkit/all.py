@@ -7,13 +7,14 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #7cdb4afb
+# %% ../nbs/900_all.ipynb #628ba5ee
 from fastai.vision.all import *
 
 from .ablation import *
 from .artifact import *
 from .attribution import *
 from .augment import apply_tfms, augment_recipes, augment_tfms
+from .callback.checkpoint import *
 from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *

@@ -137,7 +137,7 @@ def _cells(row, n_total, left):
     return {'epoch': f"{row['epoch']}/{n_total}", 'phase': row['phase'], **shown,
             'lr': f'{lr:.2e}', 'time': _clock(row['seconds']), 'left': _clock(left)}
 
-# %% ../../nbs/120_callback.progress.ipynb #375ee77a
+# %% ../../nbs/120_callback.progress.ipynb #623d5cfd
 class TrainProgress(AttachedCallback):
     "A line per epoch, and in a terminal a bar for its batches, in the place of fastai's progress bar."
     order = RunHistory.order+10
@@ -186,6 +186,16 @@ class TrainProgress(AttachedCallback):
         lines = ['  '.join(str(o).rjust(w) for o, w in zip(line, widths)) for line in (cells.keys(), cells.values())]
         if lines[0] != self.header: self.header = lines[0]; print(self.header, file=self.file)
         print(lines[1], file=self.file, flush=True)
+
+    def state_dict(self) -> dict: # plain values
+        "Where the fit at hand began among the rows, for an exact resume."
+        return {'done': self.done, 'fit_start': self.fit_start}
+
+    def load_state_dict(self,
+        state: dict # from `state_dict`
+    ):
+        "Go on counting from `state`."
+        self.done, self.fit_start = state['done'], state['fit_start']
 
     def _open(self, what):
         "Start a bar, in a terminal."

@@ -51,7 +51,7 @@ def time_formats(
                 if i: seconds[n].append(s)  # the first step chooses algorithms
     return {n: median(s) for n, s in seconds.items()}
 
-# %% ../../nbs/125_callback.speed.ipynb #0fab10b0
+# %% ../../nbs/125_callback.speed.ipynb #3ae2a76a
 class MemoryFormat(Callback):
     "Keep the model in one memory format; `'auto'` times both on the first batch of the first fit and keeps the faster."
     order = -5 # before mixed precision wraps the forward pass, and before anything looks at the weights
@@ -81,6 +81,17 @@ class MemoryFormat(Callback):
 
     def _apply(self):
         self.model.to(memory_format=formats[self.chosen])
+
+    def state_dict(self) -> dict: # plain values
+        "What was measured, for an exact resume: another choice would round differently."
+        return {'chosen': self.chosen, 'seconds': self.seconds}
+
+    def load_state_dict(self,
+        state: dict # from `state_dict`
+    ):
+        "Keep to the choice of `state`."
+        self.chosen, self.seconds = state['chosen'], state['seconds']
+        if self.chosen: self._apply()
 
 # %% ../../nbs/125_callback.speed.ipynb #8b65dc2b
 def keep_freed_memory() -> bool: # whether this C library could be told

@@ -1,0 +1,251 @@
+"A training that is killed and resumed ends as one that was not, to the last bit."
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.optimizer import OptimWrapper
+from mstoolkit.callback.checkpoint import Checkpoint, load_checkpoint, load_training_state, rng_state, set_rng_state, training_state
+from mstoolkit.callback.mix import BatchMix
+from mstoolkit.callback.progress import RunHistory
+from mstoolkit.callback.schedule import fit_warm_restarts
+from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
+from test_tracker import Rates, Written
+from tiny import quiet, tiny_learner
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch): monkeypatch.setattr('mstoolkit.core._fsync', lambda p: None)  # no test cuts the power, and a busy disk takes seconds
+
+
+class Killed(Exception): "What stands for a crash."
+
+
+class KillAt(Callback):
+    "Crash in the middle of epoch `epoch`, counted from 0, of fit `fit`, counted from 1."
+    run_valid = False
+    def __init__(self, fit, epoch): self.at, self.n, self.began = epoch, fit, 0
+    def before_fit(self): self.began += 1
+    def after_batch(self):
+        if (self.began, self.epoch, self.iter) == (self.n, self.at, 1): raise Killed('here')
+
+
+schedules = {
+    'constant': lambda learn, cbs: learn.fit(4, 1e-2, cbs=cbs),
+    'one-cycle': lambda learn, cbs: learn.fit_one_cycle(4, 1e-2, cbs=cbs),
+    'flat-cos': lambda learn, cbs: learn.fit_flat_cos(4, 1e-2, cbs=cbs),
+    'fine-tune': lambda learn, cbs: learn.fine_tune(4, 1e-2, freeze_epochs=2, cbs=cbs),
+    'warm-restarts': lambda learn, cbs: fit_warm_restarts(learn, 1, 2, 4, lr=1e-2, cbs=cbs),
+}
+torch_adam = dict(opt_func=lambda params, **kw: OptimWrapper(params, torch.optim.Adam, **kw))
+
+
+def same(a, b):
+    "Whether two states are equal, tensors bit for bit."
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b or a != a and b != b
+
+
+class Dropping(Callback):
+    "Dropout in the input, so that torch's own stream matters too."
+    run_valid = False
+    def before_batch(self): self.learn.xb = (nn.functional.dropout(self.x, .2),)
+
+
+def training(folder, fit, *cbs, resume=False, metrics=None, **kw):
+    "One script: what a user would run, and run again with `resume=True`."
+    random.seed(1); np.random.seed(1)
+    learn = tiny_learner(folder, cbs=[RunHistory(), BatchMix(.4, .4, seed=7), Dropping()], **(dict(metrics=metrics) if metrics else {}), **kw)
+    trackers = [PlateauLR(patience=0), EarlyStop(patience=99), KeepBest(file=folder/'best.safetensors')]
+    with quiet(learn): fit(learn, [*trackers, Checkpoint(folder/'checkpoint', resume=resume), *cbs])
+    return learn
+
+
+def table(learn): return learn.run_history.to_frame().drop(columns=['seconds', 'data_wait'])
+
+
+def assert_same(a, b):
+    assert same(a.model.state_dict(), b.model.state_dict()) and same(a.opt.state_dict(), b.opt.state_dict())
+    assert table(a).equals(table(b))
+    assert same([list(o) for o in a.recorder.values], [list(o) for o in b.recorder.values]) and a.recorder.iters == b.recorder.iters
+    assert same(a.recorder.losses, b.recorder.losses) and a.recorder.lrs == b.recorder.lrs
+    assert same(a.batch_mix.rng.bit_generator.state, b.batch_mix.rng.bit_generator.state)
+
+
+@pytest.mark.parametrize('opt', [{}, torch_adam], ids=['fastai', 'torch'])
+@pytest.mark.parametrize('name', schedules)
+def test_killed_in_any_epoch(name, opt, tmp_path):
+    fit, places = schedules[name], [(1, e) for e in range(1, 4)]
+    if name == 'fine-tune': places = [(1, 1), *((2, e) for e in range(4))]
+    (tmp_path/'whole').mkdir()
+    whole = training(tmp_path/'whole', fit, **opt)
+    after = rng_state()
+    for i, place in enumerate(places):
+        (folder := tmp_path/str(i)).mkdir()
+        with pytest.raises(Killed): training(folder, fit, KillAt(*place), **opt)
+        assert_same(training(folder, fit, resume=True, **opt), whole)
+        assert same(rng_state(), after)  # whatever the script draws next
+
+
+def test_killed_again_and_again(tmp_path):
+    whole, rates = Rates(), [Rates() for _ in range(5)]
+    for d in 'ab': (tmp_path/d).mkdir()
+    want = training(tmp_path/'a', schedules['fine-tune'], whole)
+    for i, place in enumerate([(1, 1), (2, 0), (2, 1), (2, 3)]):
+        with pytest.raises(Killed): training(tmp_path/'b', schedules['fine-tune'], rates[i], KillAt(*place), resume=i > 0)
+    assert_same(training(tmp_path/'b', schedules['fine-tune'], rates[4], resume=True), want)
+    assert rates[4].epochs[-1] == whole.epochs[-1]
+
+
+def test_an_end_that_had_been_reached_is_kept(tmp_path):
+    "Killed after the fit, before the script had done the rest."
+    whole = training(tmp_path, schedules['one-cycle'])
+    assert_same(training(tmp_path, schedules['one-cycle'], resume=True), whole)
+
+
+def test_best_weights_of_the_frozen_phase_survive_a_later_best(tmp_path):
+    "The second fit starts from the best weights of the first, even when their file holds a later best by then."
+    scores = [.5, .9, .1, .95, .2, .3, .4]
+    def run(folder, *cbs, resume=False, skip=0):
+        def fit(learn, cbs): learn.fine_tune(4, 1e-2, freeze_epochs=3, cbs=cbs)
+        return training(folder, fit, *cbs, resume=resume, metrics=Written(scores[skip:]))
+    for d in 'ab': (tmp_path/d).mkdir()
+    whole = run(tmp_path/'a')
+
+    class Full(Callback):
+        "The first epoch of the second fit: the best weights are written, and nothing more."
+        order = Checkpoint.order-1
+        def after_epoch(self):
+            if len(self.run_history.rows) == 4: raise Killed('here')
+    with pytest.raises(Killed): run(tmp_path/'b', Full())
+    resumed = run(tmp_path/'b', resume=True, skip=3)
+    assert same(whole.model.state_dict(), resumed.model.state_dict()) and table(whole).equals(table(resumed))
+
+
+def test_an_early_stop_in_the_frozen_phase(tmp_path):
+    def fit(learn, cbs):
+        stop = next(o for o in cbs if isinstance(o, EarlyStop))
+        stop.patience = 2
+        learn.fine_tune(3, 1e-2, freeze_epochs=9, cbs=cbs)
+    def run(folder, *cbs, resume=False, skip=0):
+        return training(folder, fit, *cbs, resume=resume, metrics=Written(([.9, .1, .1, .95, .96, .97])[skip:]))
+    for d in 'ab': (tmp_path/d).mkdir()
+    whole = run(tmp_path/'a')
+    assert list(whole.run_history.to_frame().phase) == ['frozen']*3 + ['unfrozen']*3
+    with pytest.raises(Killed): run(tmp_path/'b', KillAt(2, 1))
+    assert_same(run(tmp_path/'b', resume=True, skip=4), whole)
+
+
+def test_a_full_disk_says_so_and_the_last_state_stays(tmp_path, monkeypatch):
+    fit, save, n = schedules['one-cycle'], torch.save, []
+    def full(state, f):
+        n.append(f.write(b'half a'))
+        if len(n) == 3: raise OSError(28, 'No space left on device')
+        f.seek(0); save(state, f)
+    for d in 'ab': (tmp_path/d).mkdir()
+    whole = training(tmp_path/'a', fit)
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError) as e: training(tmp_path/'b', fit)
+    assert e.value.errno == 28 and e.value.filename == str(tmp_path/'b'/'checkpoint'/'state.pt')
+    assert os.listdir(tmp_path/'b'/'checkpoint') == ['state.pt'] and load_checkpoint(tmp_path/'b'/'checkpoint')['epochs'] == 2
+    monkeypatch.undo()
+    assert_same(training(tmp_path/'b', fit, resume=True), whole)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux')
+def test_torch_reports_a_full_device(tmp_path):
+    "Why the state is written to an open file: given a path, torch raises a RuntimeError about positions."
+    with pytest.raises(OSError, match='No space left'), open('/dev/full', 'wb') as f: torch.save({'x': torch.zeros(300_000)}, f)
+
+
+def test_predictions_validation_and_lr_find_are_no_fits(tmp_path):
+    learn = tiny_learner(tmp_path)
+    learn.add_cb(Checkpoint(tmp_path/'checkpoint'))
+    with quiet(learn):
+        learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False)
+        assert learn.checkpoint.n_fits == 0 and not (tmp_path/'checkpoint').exists()
+        learn.fit(2); learn.validate(); learn.fit(1)
+    assert load_checkpoint(tmp_path/'checkpoint')['fit'] == 2
+
+
+def test_another_fit_is_refused(tmp_path):
+    with pytest.raises(Killed): training(tmp_path, schedules['one-cycle'], KillAt(1, 2))
+    with pytest.raises(ValueError, match='of a fit of 4 epochs and this one has 6'):
+        training(tmp_path, lambda learn, cbs: learn.fit_one_cycle(6, cbs=cbs), resume=True)
+    learn = tiny_learner(tmp_path)
+    with quiet(learn), pytest.raises(ValueError, match="state for the callbacks .*'batch_mix'.* no such callback"):
+        learn.fit(4, cbs=Checkpoint(tmp_path/'checkpoint', resume=True))
+
+
+def test_a_state_that_no_file_can_hold_is_refused_before_training(tmp_path):
+    class Mine(Callback):
+        def state_dict(self): return {'path': tmp_path}
+        def load_state_dict(self, state): "Never called."
+    class NotReached(Callback):
+        def before_train(self): pytest.fail('trained')
+    with pytest.raises(TypeError, match="callback 'mine' holds a PosixPath"): training(tmp_path, schedules['constant'], Mine(), NotReached())
+
+
+def test_two_callbacks_of_one_name_keep_apart(tmp_path):
+    stops = [EarlyStop(patience=5), EarlyStop('valid_loss', patience=7)]
+    learn = tiny_learner(tmp_path)
+    with quiet(learn): learn.fit(2, cbs=[*stops, Checkpoint(tmp_path/'checkpoint')])
+    again = [EarlyStop(patience=5), EarlyStop('valid_loss', patience=7)]
+    learn = tiny_learner(tmp_path)
+    with quiet(learn): learn.fit(2, cbs=[*again, Checkpoint(tmp_path/'checkpoint', resume=True)])
+    assert [o.state_dict() for o in again] == [o.state_dict() for o in stops] and again[0].best != again[1].best
+
+
+def test_nothing_in_the_file_is_unpickled(tmp_path):
+    training(tmp_path, schedules['constant'])
+    state = torch.load(tmp_path/'checkpoint'/'state.pt', weights_only=True)
+    assert state['fit'] == 1 and state['ended']
+    (bad := tmp_path/'bad').mkdir()
+    torch.save({'format': 1, 'path': tmp_path}, bad/'state.pt')
+    with pytest.raises(ValueError, match='damaged or is no checkpoint'): load_checkpoint(bad)
+    torch.save({'format': 2}, bad/'state.pt')
+    with pytest.raises(ValueError, match='of this version'): load_checkpoint(bad)
+
+
+def test_generators(tmp_path):
+    def draw(): return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
+    random.gauss(0, 1); np.random.randn()  # both keep a second normal for the next call
+    torch.save(rng_state(), tmp_path/'rng.pt')
+    first = draw()
+    set_rng_state(torch.load(tmp_path/'rng.pt', weights_only=True))
+    assert draw() == first
+
+
+def test_a_state_needs_no_callback(tmp_path):
+    "The two functions alone, between two fits."
+    a, b = tiny_learner(tmp_path), tiny_learner(tmp_path, seed=1)
+    with quiet(a), quiet(b):
+        a.fit(2); b.fit(1)
+        torch.save(training_state(a), tmp_path/'s.pt')
+        load_training_state(b, torch.load(tmp_path/'s.pt', weights_only=True))
+        b.fit(1)
+        after = b.model.state_dict()
+        load_training_state(a, torch.load(tmp_path/'s.pt', weights_only=True))
+        a.fit(1)
+    assert same(a.model.state_dict(), after)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('mode', ['fp16', 'bf16', 'fp32'])
+def test_on_a_gpu(mode, tmp_path):
+    from fastai.callback.fp16 import MixedPrecision
+    def run(folder, *cbs, resume=False):
+        learn = tiny_learner(folder, cbs=[] if mode == 'fp32' else [MixedPrecision(amp_mode=mode)], **torch_adam)
+        learn.dls.to('cuda')
+        with quiet(learn): learn.fit_one_cycle(4, 1e-2, cbs=[Checkpoint(folder/'checkpoint', resume=resume), Dropping(), *cbs])
+        return learn
+    for d in 'ab': (tmp_path/d).mkdir()
+    whole = run(tmp_path/'a')
+    with pytest.raises(Killed): run(tmp_path/'b', KillAt(1, 2))
+    if mode == 'fp16': assert load_checkpoint(tmp_path/'b'/'checkpoint')['learner']['scaler']['_growth_tracker'] > 0
+    assert same(whole.model.state_dict(), run(tmp_path/'b', resume=True).model.state_dict())
