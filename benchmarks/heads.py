@@ -8,7 +8,6 @@ collapsed heads against the literal ones, over a matrix of sizes, stages and bat
 """
 import argparse
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent/'tests'))
 from literal import twin  # noqa: E402
+from machine import machine  # noqa: E402
 from mstoolkit.core import track, write_text  # noqa: E402
 from mstoolkit.models.fusion import head_meta, multiscale_model  # noqa: E402
 
@@ -137,17 +137,6 @@ def errors():
             worst = [max(worst_error(m, WIDTHS[n], size, bs, dt, path) for m, n, size, bs in mine) for dt in (torch.float32, torch.float64)]
             rows.append((name, path, *worst))
     return rows
-
-
-def cpu_name():
-    info = Path('/proc/cpuinfo')
-    names = [o.partition(':')[2].strip() for o in info.read_text().splitlines() if o.startswith('model name')] if info.exists() else []
-    return names[0] if names and names[0] != 'unknown' else platform.machine()
-
-
-def machine(device):
-    if device == 'cuda': return torch.cuda.get_device_name()
-    return f'{torch.get_num_threads()} threads of a CPU of type {cpu_name()}'
 
 
 def table(times, mem, unit):

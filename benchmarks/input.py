@@ -1,11 +1,10 @@
 """Images per second from files to a training batch: this library beside the report's torchvision pipeline, fastai and bare decoding.
 
-    python benchmarks/input.py                      # generated 500x375 JPEGs
-    python benchmarks/input.py --images FOLDER      # your own: FOLDER/<class>/*.jpg
-    python benchmarks/input.py --workers            # also one and two worker processes
-    python benchmarks/input.py --cache              # also the presized cache, on images of 1,000 px
+    python benchmarks/input.py                      # on generated JPEGs
+    python benchmarks/input.py --photos FOLDER      # also on photographs of your own: FOLDER/<class>/*.jpg
 
-Everything runs in one process on one thread, which keeps freed memory. The contestants take turns, and each figure is the median of its rounds.
+Everything but the workers' part runs in one process on one thread, which keeps freed memory. The contestants take turns; each figure is the
+median of its rounds.
 """
 import argparse
 import os
@@ -25,8 +24,10 @@ from fastai.vision.all import (Brightness, Contrast, Dihedral, Hue, ImageDataLoa
 from torchvision import transforms as T  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
+from machine import machine  # noqa: E402
 from mstoolkit.augment import light_tfms  # noqa: E402
 from mstoolkit.callback.speed import keep_freed_memory  # noqa: E402
+from mstoolkit.core import write_text  # noqa: E402
 from mstoolkit.data import image_dls  # noqa: E402
 from mstoolkit.image import read_image  # noqa: E402
 
@@ -98,7 +99,9 @@ def contest(contestants, rounds, limit):
 
 
 def table(rates, base):
-    for name, r in rates.items(): print(f'{name:<44}{r:>8.0f} img/s{r/rates[base]:>9.2f} × {base}')
+    "Rates in rows, beside the one called `base`."
+    rows = [f'| {name} | {r:,.0f} | {r/rates[base]:.2f} |' for name, r in rates.items()]
+    return '\n'.join([f'| | images/s | ÷ {base} |', '|---|---|---|', *rows])
 
 
 def decode_only(files):
@@ -106,23 +109,22 @@ def decode_only(files):
 
 
 def single(folder, rounds, limit):
+    "Every way from files to a batch, in this process."
     files = sorted(folder.rglob('*.jpg'))
     tv, fa, full, geo = torchvision_loader(folder), fastai_loader(folder), ours(folder), ours(folder, light_without_jitter)
     u8, u8_geo = without_float(full), without_float(geo)
     rates = contest({'decoding alone': lambda: decode_only(files), 'torchvision as in the report': lambda: tv, 'fastai, the same operations': lambda: fa,
-                     'ours, float batch': lambda: full, 'ours, uint8 (the workers\' part)': lambda: u8,
+                     'ours, float batch': lambda: full, "ours, uint8 (the workers' part)": lambda: u8,
                      'ours, uint8, jitter left to the device': lambda: u8_geo}, rounds, limit)
-    table(rates, 'decoding alone')
     f = rates['ours, float batch']
-    print(f'ours ÷ torchvision {f/rates["torchvision as in the report"]:.2f}   ours ÷ fastai {f/rates["fastai, the same operations"]:.2f}')
-    return rates
+    more = {n: f/rates[n] for n in ('torchvision as in the report', 'fastai, the same operations')}
+    return table(rates, 'decoding alone') + '\n\n' + '; '.join(f'ours, float batch ÷ {n}: {r:.2f}' for n, r in more.items()) + '.'
 
 
 def with_workers(folder, rounds, limit):
     "One worker process beside two; starting them is counted."
     dls = {n: ours(folder, num_workers=n) for n in (1, 2)}
-    rates = contest({f'{n} worker{"s"*(n > 1)}': lambda dl=dl: dl for n, dl in dls.items()}, rounds, limit)
-    table(rates, '1 worker')
+    return table(contest({f'{n} worker{"s"*(n > 1)}': lambda dl=dl: dl for n, dl in dls.items()}, rounds, limit), '1 worker')
 
 
 def with_cache(tmp, rounds, limit):
@@ -130,30 +132,34 @@ def with_cache(tmp, rounds, limit):
     folder = generated(tmp/'large', limit+32, 1000, 750)
     plain, t = ours(folder), time.perf_counter()
     cached = ours(folder, cache=tmp/'cache')
-    print(f'cache of {limit+32} images built in {time.perf_counter()-t:.1f} s')
-    rates = contest({'1,000 px, decoded': lambda: plain, '1,000 px, from the cache': lambda: cached}, rounds, limit)
-    table(rates, '1,000 px, decoded')
+    built = f'The cache of {limit+32} images took {time.perf_counter()-t:.1f} s to build.'
+    return table(contest({'decoded': lambda: plain, 'from the cache': lambda: cached}, rounds, limit), 'decoded') + f'\n\n{built}'
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--images', type=Path, help='folder of class folders of JPEGs; generated ones when not given')
+    p.add_argument('--photos', type=Path, help='folder of class folders of JPEGs, measured too')
     p.add_argument('--rounds', type=int, default=7)
     p.add_argument('--limit', type=int, default=256, help='images a round and contestant')
-    p.add_argument('--workers', action='store_true', help='also one worker beside two')
-    p.add_argument('--cache', action='store_true', help='also the presized cache')
+    p.add_argument('--date', default=time.strftime('%Y-%m-%d'))
     args = p.parse_args()
+    threads = machine()
     torch.set_num_threads(1); cv2.setNumThreads(1)
     keep_freed_memory()  # for all contestants alike, as our workers do
     tmp = Path(tempfile.mkdtemp())
     try:
-        folder = args.images or generated(tmp/'images', args.limit+64)
-        kind = 'your' if args.images else 'generated 500×375'
-        print(f'{kind} images, size {SIZE}, batches of {BS}, one process, one thread, medians of {args.rounds} rounds')
-        single(folder, args.rounds, args.limit)
-        if args.workers: with_workers(folder, args.rounds, 4*args.limit)
-        if args.cache: with_cache(tmp, args.rounds, args.limit)
+        folder = generated(tmp/'images', args.limit+64)
+        parts = {'Generated JPEGs of 500 × 375': single(folder, args.rounds, args.limit)}
+        if args.photos: parts['Photographs'] = single(args.photos, args.rounds, args.limit)
+        parts['Worker processes, generated JPEGs, float batch'] = with_workers(folder, args.rounds, 4*args.limit)
+        parts['The presized cache, generated JPEGs of 1,000 × 750, float batch'] = with_cache(tmp, args.rounds, args.limit)
     finally: shutil.rmtree(tmp)
+    command = 'python benchmarks/input.py' + ' --photos FOLDER'*bool(args.photos)
+    text = '\n\n'.join([f'# From files to batches\n\n    {command}', f"{args.date}, {threads}, of which one is used but for the workers, "
+                        f"torch {torch.__version__.partition('+')[0]}. Report A's augmentation at {SIZE} px, batches of {BS}; medians of {args.rounds} rounds, "
+                        'in each of which every contestant had its turn.', *(f'## {k}\n\n{v}' for k, v in parts.items())]) + '\n'
+    print(text)
+    write_text(Path(__file__).with_suffix('.md'), text)
 
 
 if __name__ == '__main__': main()

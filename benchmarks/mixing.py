@@ -10,7 +10,6 @@ take turns in random order within each round; a figure is the median over the ro
 fastai's and timm's write into the batch they are given; torchvision's and ours leave it as it is.
 """
 import argparse
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from matplotlib.figure import Figure
+from machine import machine
 from mstoolkit.callback.mix import BatchMix
 from mstoolkit.callback.speed import keep_freed_memory
 from mstoolkit.core import write_text
@@ -100,14 +100,6 @@ def measure(device, bs, size, rounds, batches):
             if r > 1:
                 for kept, t in zip(times[name], total): kept.append(1e3*t/batches)
     return {k: tuple(map(statistics.median, v)) for k, v in times.items()}
-
-
-def machine(device):
-    "The device in words."
-    if device == 'cuda': return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')
-    names = [o.split(':')[1].strip() for o in info.read_text().splitlines() if o.startswith('model name')] if info.exists() else [platform.processor()]
-    return f'{names[0]}, {torch.get_num_threads()} threads'
 
 
 def draw(costs, title):
