@@ -66,11 +66,22 @@ def _folder(path: Path):
     "Say at once when a folder is not there; the library would, after the seconds that torch takes to import."
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
 
-# %% ../nbs/210_cli.ipynb #23a93da2
+# %% ../nbs/210_cli.ipynb #1988272b
+def _resume(run: Path, data: Path|None, ctx: typer.Context):
+    "Go on with a stopped run, which knows its options; DATA only says where its images are now."
+    given = [k for k in ctx.params if k not in ('data', 'resume') and ctx.get_parameter_source(k).name == 'COMMANDLINE']
+    if given: raise ValueError(f"--resume goes on with the options of the run itself: leave out --{given[0].replace('_', '-')}")
+    _folder(run)
+    if data: _folder(data)
+    from mstoolkit.train import resume_run
+    resume_run(run, data)
+
+# %% ../nbs/210_cli.ipynb #77f384a7
 @app.command('train')
 @recipe_options
 def train_command(
-    data: Annotated[Path, typer.Argument(help="folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…")],
+    ctx: typer.Context,
+    data: Annotated[Optional[Path], typer.Argument(help="folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…")] = None,
     recipe: Annotated[str, typer.Option('--recipe', '-r', help=f"{', '.join(recipes)}, or a .toml file")] = 'gate',
     out: Annotated[Optional[Path], typer.Option('--out', '-o', help="run folder to make; runs/RECIPE, or the next free runs/RECIPE-2 …")] = None,
     csv: Annotated[Optional[Path], typer.Option(help="table with columns path, label and, if you like, split, instead of class folders")] = None,
@@ -82,9 +93,12 @@ def train_command(
     fold: Annotated[int, typer.Option(help="which fold is held out, from 0")] = 0,
     on_bad: Annotated[str, typer.Option(help="unreadable images: error (name the first and stop) or skip (name them all and go on)")] = 'error',
     cache: Annotated[bool, typer.Option('--cache', help="shrink the images once and keep them beside the data")] = False,
+    resume: Annotated[Optional[Path], typer.Option(help="run folder of a training that was stopped: go on with it, with its options")] = None,
     **overrides
 ):
     "Train a model on a folder of images."
+    if resume: return _resume(resume, data, ctx)
+    if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
     r = recipe_from_dict(overrides, load_recipe(recipe))
     if out: check_new(out, 'run folder')
     _folder(data)

@@ -6,15 +6,20 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 
 # %% auto #0
 __all__ = ['optimizers', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'environment', 'free_run_folder', 'StopOnNaN',
-           'KeepModel', 'train']
+           'KeepModel', 'train', 'resume_run']
 
-# %% ../nbs/170_train.ipynb #86de0b3a
+# %% ../nbs/170_train.ipynb #37648670
+import contextlib
+import hashlib
 import itertools
 import json
+import os
 import platform
+import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +35,7 @@ from fastai.torch_core import rank_distrib
 
 from .artifact import Classifier, library_versions
 from .balance import balance_learner
+from .callback.checkpoint import Checkpoint
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
 from .callback.schedule import fit_warm_restarts
@@ -43,9 +49,9 @@ from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .recipe import Recipe, load_recipe, save_recipe
 
-# %% ../nbs/170_train.ipynb #9a76f1f5
+# %% ../nbs/170_train.ipynb #8cb93768
 optimizers = dict(adam=partial(OptimWrapper, opt=torch.optim.Adam), adamw=partial(OptimWrapper, opt=torch.optim.AdamW),
-                  sgd=partial(OptimWrapper, opt=torch.optim.SGD, mom=.9))
+                  sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
 
 # %% ../nbs/170_train.ipynb #5db89c3c
 def recipe_dls(
@@ -110,16 +116,32 @@ schedules = {
     'warm-restarts': lambda learn, r, cbs: fit_warm_restarts(learn, r.restart_epochs, r.restart_mult, r.epochs, lr=r.lr, wd=r.wd, cbs=cbs),
 }
 
-# %% ../nbs/170_train.ipynb #330b7e2d
+# %% ../nbs/170_train.ipynb #9a62d77c
+def _recorded(data_kw: dict) -> tuple[dict, list]: # what JSON can keep; names of the rest, such as a table in memory
+    "Arguments of `image_dls`, to make the same data again from any directory."
+    kept = {k: v for k, v in data_kw.items() if v is None or isinstance(v, (str, Path, int, float, list, tuple))}
+    here = {k: Path(kept[k]).resolve() for k in ('csv', 'vocab', 'cache') if isinstance(kept.get(k), (str, Path)) and Path(kept[k]).exists()}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in (kept | here).items()}, [k for k in data_kw if k not in kept]
+
+def _digest(dls: DataLoaders) -> str:
+    "A fingerprint of classes, images and their labels, in order; the same wherever the folder is."
+    root, lines = os.path.abspath(dls.path), list(dls.vocab)
+    for ds in (dls.train_ds, dls.valid_ds):
+        lines += ['', *(f'{Path(os.path.relpath(os.path.abspath(s.path), root)).as_posix()}\t{s.label}' for s in ds.items)]
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+
+# %% ../nbs/170_train.ipynb #33b30cc0
 def environment(
     dls: DataLoaders, # what the run trains on
-    data: str|Path # where it came from
+    data: str|Path, # where it came from
+    data_kw: dict|None = None # the further arguments of `image_dls` it was made with
 ) -> dict:
     "What a run folder keeps of its surroundings: versions, machine, data, command."
-    dev = dls.device
+    dev, (options, in_memory) = dls.device, _recorded(data_kw or {})
     return dict(versions=library_versions(), platform=platform.platform(), processors=torch.get_num_threads(), device=str(dev),
                 gpu=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else None, command=sys.argv, started=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-                data=dict(path=str(Path(data).resolve()), classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds)))
+                data=dict(path=str(Path(data).resolve()), classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds), options=options,
+                          in_memory=in_memory, digest=_digest(dls)))
 
 # %% ../nbs/170_train.ipynb #203b7abc
 def free_run_folder(
@@ -130,10 +152,11 @@ def free_run_folder(
     paths = (Path(root)/(name if i == 1 else f'{name}-{i}') for i in itertools.count(1))
     return next(p for p in paths if not p.exists())
 
-# %% ../nbs/170_train.ipynb #2fc1ea97
+# %% ../nbs/170_train.ipynb #a4d2c9d3
 def _need_space(folder: Path, learn: Learner):
     "Refuse to start a run that could not keep its model: better now than after the first epoch."
-    need = 3*sum(p.numel()*p.element_size() for p in learn.model.parameters())  # the model, its next version beside it, and room to spare
+    # the model, its checkpoint of three times the size, the next ones of both beside them, and room to spare
+    need = 9*sum(p.numel()*p.element_size() for p in learn.model.parameters())
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OSError(f"{str(folder)!r} has {free/1e6:.0f} MB free and this run needs {need/1e6:.0f} MB: make room or choose another --out")
@@ -167,22 +190,75 @@ class KeepModel(KeepBest):
 
     def _check_mark(self): "A run folder has one writer."
 
-# %% ../nbs/170_train.ipynb #9966c565
+# %% ../nbs/170_train.ipynb #1ab04693
 def _draw(learn: Learner, run: Path, monitor: str):
     "Draw the curves of the epochs that have ended."
     if not learn.run_history.rows: return
     with atomic_path(run/'figures'/'curves.png') as tmp: plot_curves(learn, monitor=monitor).savefig(tmp, format='png', dpi=110)
 
-def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None) -> dict:
-    "Fit, keeping history, best model and curves in the run folder whatever ends it; return what came out."
+def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool) -> dict:
+    "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
     learn.run_history.csv, keep = run/'history.csv', KeepModel(r.monitor, file=run/'model.safetensors')
-    try: stopped = fit_recipe(learn, r, [keep, StopOnNaN(), TrainProgress(), *(cbs or [])])
+    checkpoint, start = Checkpoint(run/'checkpoint', resume=resume), time.perf_counter()
+    done = checkpoint.saved['learner']['callbacks']['run_history']['rows'] if resume else []
+    if done: print(f"going on after epoch {len(done)}", flush=True)
+    try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *(cbs or [])])
     finally: _draw(learn, run, r.monitor)
-    fmt = learn.memory_format
+    fmt, seconds = learn.memory_format, time.perf_counter() - start + sum(o['seconds'] for o in done)
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows), 'stopped': stopped,
-            'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds}
+            'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds, 'seconds': round(seconds, 1)}
 
-# %% ../nbs/170_train.ipynb #00e28966
+# %% ../nbs/170_train.ipynb #a4d6ad0a
+@contextlib.contextmanager
+def _one_writer(run: Path) -> Iterator[None]:
+    "Hold the lock of a run folder, which the system frees however this process ends; leave no checkpoint folder that holds no checkpoint."
+    folder = run/'checkpoint'
+    folder.mkdir(exist_ok=True)
+    try:
+        with (folder/'lock').open('w') as f:
+            if fcntl: _lock(f, run)
+            yield
+    finally:
+        if folder.is_dir() and not (folder/'state.pt').exists(): shutil.rmtree(folder, ignore_errors=True)
+
+try: import fcntl
+except ImportError: fcntl = None  # Windows
+
+def _lock(f, run: Path):
+    try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike `flock`, not shared with loader processes that outlive a kill by some seconds
+    except (BlockingIOError, PermissionError): raise ValueError(f"another process is training in {str(run)!r}: wait for it, or stop it") from None
+    except OSError: return  # a file system without locks
+
+# %% ../nbs/170_train.ipynb #2984dbae
+def _prepare(r: Recipe, data: str|Path, data_kw: dict) -> Learner:
+    "Data and learner of a run, checked."
+    seed_everything(r.seed)
+    dls = recipe_dls(r, data, **data_kw)
+    learn = recipe_learner(r, dls)
+    if dls.device.type == 'cpu': keep_freed_memory()
+    _quick_check(dls, data)
+    return learn
+
+def _write_env(env: dict, run: Path): write_text(run/'environment.json', json.dumps(env, indent=1))
+
+def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume: bool = False):
+    "Fit in the run folder and write down what came out; if it is stopped, say how to go on."
+    learn.path, state = run, run/'checkpoint'/'state.pt'
+    try:
+        result = _fit_into(learn, r, run, cbs, resume)
+        write_text(run/'valid_predictions.csv', valid_predictions(learn).to_csv(index=False))
+        env.update(result)
+        _write_env(env, run)
+    except BaseException:
+        if state.exists(): print(f"stopped; to go on after the last finished epoch: mstoolkit train --resume {shlex.quote(str(run))}", flush=True)
+        elif not learn.run_history.rows:  # a run that ended no epoch has nothing to keep, and should not take the name
+            for f in ('recipe.toml', 'environment.json', 'left_out.txt'): (run/f).unlink(missing_ok=True)
+        raise
+    shutil.rmtree(state.parent)
+    print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
+          f"{env['seconds']/60:.1f} min", flush=True)
+
+# %% ../nbs/170_train.ipynb #e0d0c19f
 def train(
     recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
     data: str|Path, # folder of images
@@ -194,28 +270,58 @@ def train(
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     r = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = check_new(out or free_run_folder(r.name), 'run folder')
-    seed_everything(r.seed)
-    dls = recipe_dls(r, data, **data_kw)
-    learn = recipe_learner(r, dls)
-    if dls.device.type == 'cpu': keep_freed_memory()
-    _quick_check(dls, data)
-    with new_folder(out, 'run folder') as run:
+    learn = _prepare(r, data, data_kw)
+    dls = learn.dls
+    with new_folder(out, 'run folder') as run, _one_writer(run):
         _need_space(run, learn)
-        learn.path = run
         save_recipe(r, run/'recipe.toml')
-        env = environment(dls, data)
-        write_text(run/'environment.json', json.dumps(env, indent=1))
+        _write_env(env := environment(dls, data, data_kw), run)
         if dls.left_out: write_text(run/'left_out.txt', '\n'.join(dls.left_out.values()))
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
-        t0 = time.perf_counter()
-        try: result = _fit_into(learn, r, run, cbs)
-        except BaseException:  # a run that ended no epoch has nothing to keep, and should not take the name
-            if not learn.run_history.rows: [(run/f).unlink(missing_ok=True) for f in ('recipe.toml', 'environment.json', 'left_out.txt')]
-            raise
-        write_text(run/'valid_predictions.csv', valid_predictions(learn).to_csv(index=False))
-        env.update(result, seconds=round(time.perf_counter()-t0, 1))
-        write_text(run/'environment.json', json.dumps(env, indent=1))
-        print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
-              f"{env['seconds']/60:.1f} min", flush=True)
+        _run(learn, r, run, env, cbs)
+    return learn
+
+# %% ../nbs/170_train.ipynb #7aa62238
+def _stopped_run(run: Path) -> dict: # its environment
+    "What a run folder says of itself, if it is one that can go on."
+    if not (run/'environment.json').is_file() or not (run/'recipe.toml').is_file(): raise FileNotFoundError(f"{str(run)!r} is not a run folder")
+    env = json.loads((run/'environment.json').read_text(encoding='utf-8'))
+    if 'epochs' in env: raise ValueError(f"{str(run)!r} has ended well, after {env['epochs']} epochs: there is nothing to resume")
+    if not (run/'checkpoint'/'state.pt').is_file(): raise ValueError(f"no epoch of {str(run)!r} had been finished: start it anew under another name")
+    return env
+
+def _check_same(now: dict, was: dict):
+    "Refuse other data; say what else is not as it was."
+    if now['data']['digest'] != was['data']['digest']:
+        counts = [f"{d['train']:,} training and {d['valid']:,} validation images of {d['classes']} classes" for d in (was['data'], now['data'])]
+        what = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else f"{counts[0]} as before, but of other names or labels"
+        raise ValueError(f"the data in {now['data']['path']!r} has changed since the run began: {what}")
+    then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}} for e in (was, now))
+    if differs := [f'{k} {then.get(k)} then, {v} now' for k, v in here.items() if v != then.get(k)]:
+        print(f"the weights may differ in rounding from those of a run in one go: {'; '.join(differs)}", flush=True)
+
+# %% ../nbs/170_train.ipynb #c0ea7295
+def resume_run(
+    run: str|Path, # run folder of a training that was stopped
+    data: str|Path|None = None, # folder of images; where it was when not given
+    *,
+    cbs: list|None = None, # the further callbacks that `train` was given
+    **data_kw # arguments of `image_dls` that no file could keep: a table in memory
+) -> Learner: # as from `train`
+    "Go on with a run that was stopped, exactly as if it had not been."
+    run = Path(run)
+    was = _stopped_run(run)['data']
+    if missing := [k for k in was['in_memory'] if k not in data_kw]: raise ValueError(f"this run was given {missing[0]} in memory: give it again")
+    data, data_kw = data or was['path'], was['options'] | data_kw
+    with _one_writer(run):
+        env, r = _stopped_run(run), load_recipe(run/'recipe.toml')  # once more: another process may just have ended it
+        for f in [*run.glob('.*.tmp'), *run.glob('checkpoint/.*.tmp')]: f.unlink()  # what a kill left half written
+        learn = _prepare(r, data, data_kw)
+        now = environment(learn.dls, data, data_kw)
+        _check_same(now, env)
+        env['resumed'] = [*env.get('resumed', []), now['started']]
+        _write_env(env, run)
+        print(f"{r.name}: run folder {run}", end=', ')
+        _run(learn, r, run, env, cbs, resume=True)
     return learn

@@ -1,9 +1,16 @@
 "A training that is killed and resumed ends as one that was not, to the last bit."
+import json
 import os
 import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import timm
 import torch
 from fastai.callback.core import Callback
 from fastai.optimizer import OptimWrapper
@@ -12,6 +19,11 @@ from mstoolkit.callback.mix import BatchMix
 from mstoolkit.callback.progress import RunHistory
 from mstoolkit.callback.schedule import fit_warm_restarts
 from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
+from mstoolkit.cli import main
+from mstoolkit.recipe import Recipe, save_recipe
+from mstoolkit.train import resume_run, train
+from mstoolkit.train import schedules as train_schedules
+from safetensors.torch import load_file, save_file
 from test_tracker import Rates, Written
 from tiny import quiet, tiny_learner
 from torch import nn
@@ -233,6 +245,185 @@ def test_a_state_needs_no_callback(tmp_path):
         load_training_state(a, torch.load(tmp_path/'s.pt', weights_only=True))
         a.fit(1)
     assert same(a.model.state_dict(), after)
+
+
+
+# Run folders
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    "Weights to fine-tune from, without a model hub."
+    file = tmp_path_factory.mktemp('weights')/'test_resnet.safetensors'
+    torch.manual_seed(3)
+    save_file(timm.create_model('test_resnet', pretrained=False).state_dict(), file)
+    return str(file)
+
+
+@pytest.fixture
+def recipe(tiny, weights, monkeypatch):
+    monkeypatch.setattr('mstoolkit.train._draw', lambda *a: None)  # pictures take longer than these trainings
+    def make(**kw):
+        given = dict(weights_file=weights, freeze_epochs=2) if kw.get('schedule') == 'fine-tune' else {}
+        return Recipe(**{**tiny, 'epochs': 3, 'lr': 1e-2, 'augment': 'light', 'restart_epochs': 1, 'plateau_patience': 0, 'mixup': .4,
+                         'memory_format': 'contiguous', **given, **kw})
+    return make
+
+
+def assert_same_runs(a, b):
+    "Weights in memory and in the file, the table, what the best model says."
+    assert same(a.model.state_dict(), b.model.state_dict()) and same(a.opt.state_dict(), b.opt.state_dict())
+    files = [load_file(o.path/'model.safetensors') for o in (a, b)]
+    assert same(*files)
+    tables = [pd.read_csv(o.path/'history.csv').drop(columns=['seconds', 'data_wait']) for o in (a, b)]
+    assert tables[0].equals(tables[1]) and tables[0].epoch.is_unique
+    assert (a.path/'valid_predictions.csv').read_bytes() == (b.path/'valid_predictions.csv').read_bytes()
+    envs = [json.loads((o.path/'environment.json').read_text()) for o in (a, b)]
+    assert all(envs[0][k] == envs[1][k] for k in ('best_accuracy', 'best_epoch', 'epochs', 'stopped'))
+    assert sorted(p.name for p in a.path.iterdir()) == sorted(p.name for p in b.path.iterdir())  # no checkpoint is left
+
+
+@pytest.mark.parametrize('schedule', train_schedules)
+def test_every_schedule_with_and_without_workers(schedule, recipe, image_folder, tmp_path, capsys):
+    r, place = recipe(schedule=schedule), (2, 1) if schedule == 'fine-tune' else (1, 2)
+    whole = train(r, image_folder, tmp_path/'whole')
+    for n in 0, 2:
+        with pytest.raises(Killed): train(replace(r, num_workers=n), image_folder, tmp_path/f'{n}', cbs=[KillAt(*place)])
+        out = capsys.readouterr().out
+        assert out.splitlines()[-1].endswith(f"mstoolkit train --resume {tmp_path/f'{n}'}")
+        assert_same_runs(resume_run(tmp_path/f'{n}'), whole)  # the workers' number changes nothing either
+
+
+def test_early_stop_channels_last_and_sgd(recipe, image_folder, tmp_path):
+    r = recipe(epochs=6, lr=1e-5, stop_patience=2, memory_format='channels-last', opt='sgd', cutmix=0., mixup=0.)
+    whole = train(r, image_folder, tmp_path/'a')
+    assert len(whole.run_history.rows) < 6
+    with pytest.raises(Killed): train(r, image_folder, tmp_path/'b', cbs=[KillAt(1, 1)])
+    assert_same_runs(resume_run(tmp_path/'b'), whole)
+
+
+def test_the_measured_memory_format_is_kept(recipe, image_folder, tmp_path, monkeypatch):
+    r = recipe(memory_format='auto')
+    monkeypatch.setattr('mstoolkit.callback.speed.time_formats', lambda *a, **kw: {'contiguous': 1., 'channels-last': .5})
+    whole = train(r, image_folder, tmp_path/'a')
+    with pytest.raises(Killed): train(r, image_folder, tmp_path/'b', cbs=[KillAt(1, 1)])
+    monkeypatch.setattr('mstoolkit.callback.speed.time_formats', lambda *a, **kw: pytest.fail('measured again'))
+    assert_same_runs(resume_run(tmp_path/'b'), whole)
+
+
+script = """
+import os, signal, sys
+from fastai.callback.core import Callback
+from mstoolkit.recipe import load_recipe
+from mstoolkit.train import train
+
+class Kill(Callback):
+    def after_batch(self):
+        if self.epoch == 1 and self.iter == 1: os.kill(os.getpid(), signal.SIGKILL)
+
+train(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3], cbs=[Kill()])
+"""
+
+
+def test_killed_for_real(recipe, image_folder, tmp_path, capsys):
+    "SIGKILL in the middle of an epoch, with loader processes at work; then the command line."
+    r = recipe(num_workers=2)
+    save_recipe(r, tmp_path/'r.toml')
+    env = os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(tmp_path/'r.toml'), str(image_folder), str(tmp_path/'b')], env=env)
+    assert done.returncode == -signal.SIGKILL
+    (tmp_path/'b'/'checkpoint'/'.state.pt.1-abc.tmp').write_bytes(b'half')  # a kill while it was written
+    assert main(['train', '--resume', str(tmp_path/'b')]) == 0
+    assert 'going on after epoch 1' in capsys.readouterr().out
+    whole = train(r, image_folder, tmp_path/'a')
+    assert same(load_file(tmp_path/'b'/'model.safetensors'), load_file(whole.path/'model.safetensors'))
+    assert not (tmp_path/'b'/'checkpoint').exists()
+
+
+def test_a_full_disk(recipe, image_folder, tmp_path, monkeypatch, capsys):
+    r, save, n = recipe(), torch.save, []
+    save_recipe(r, tmp_path/'r.toml')
+    def full(state, f):
+        n.append(1)
+        if len(n) > 1: raise OSError(28, 'No space left on device')
+        save(state, f)
+    monkeypatch.setattr(torch, 'save', full)
+    assert main(['train', str(image_folder), '--recipe', str(tmp_path/'r.toml'), '--out', str(tmp_path/'b')]) == 2
+    out, err = capsys.readouterr()
+    assert 'cannot write: No space left on device' in err and 'state.pt' in err and len(err.splitlines()) == 1
+    assert f"--resume {tmp_path/'b'}" in out.splitlines()[-1]
+    monkeypatch.setattr(torch, 'save', save)
+    assert_same_runs(resume_run(tmp_path/'b'), train(r, image_folder, tmp_path/'a'))
+
+
+def test_a_file_that_vanishes(recipe, image_folder, tmp_path):
+    file = image_folder/'train'/'10'/'3.png'
+    pixels, r = file.read_bytes(), recipe()
+    class Vanish(Callback):
+        def after_epoch(self): file.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match='10/3.png cannot be read'): train(r, image_folder, tmp_path/'b', cbs=[Vanish()])
+    with pytest.raises(ValueError, match='has changed since the run began: 24 training .* then, 23 training .* now'): resume_run(tmp_path/'b')
+    file.write_bytes(pixels)
+    assert_same_runs(resume_run(tmp_path/'b'), train(r, image_folder, tmp_path/'a'))
+
+
+def test_data_that_moved_and_options_that_were_given(recipe, image_folder, tmp_path, monkeypatch):
+    rows = [(f'{s}/{c}/{i}.png', c, s) for s, n in (('train', 8), ('val', 4)) for c in ('2', '10') for i in range(n)]
+    table = pd.DataFrame(rows, columns=['path', 'label', 'split'])
+    table.to_csv(tmp_path/'some.csv', index=False)
+    monkeypatch.chdir(tmp_path)
+    r = recipe()
+    whole = train(r, 'data', 'a', csv='some.csv', mean=(.5,)*3)
+    with pytest.raises(Killed): train(r, 'data', 'b', csv='some.csv', mean=(.5,)*3, cbs=[KillAt(1, 1)])
+    with pytest.raises(Killed): train(r, 'data', 'c', csv=table, cbs=[KillAt(1, 1)])
+    (tmp_path/'elsewhere').mkdir()
+    image_folder.rename(tmp_path/'moved')
+    monkeypatch.chdir(tmp_path/'elsewhere')
+    with pytest.raises(FileNotFoundError, match='data'): resume_run('../b')
+    resumed = resume_run('../b', '../moved')
+    whole.path = tmp_path/'a'
+    assert_same_runs(resumed, whole)
+    with pytest.raises(ValueError, match='given csv in memory'): resume_run('../c')
+    with pytest.raises(ValueError, match='has changed'): resume_run('../c', '../moved', csv=table[1:])
+    assert len(resume_run('../c', '../moved', csv=table).run_history.rows) == 3
+
+
+def test_what_cannot_be_resumed(recipe, image_folder, tmp_path, capsys):
+    r = recipe()
+    def resume(run, *options):
+        assert main(['train', '--resume', str(run), *options]) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1
+        return err
+    train(r, image_folder, tmp_path/'done')
+    assert 'has ended well, after 3 epochs: there is nothing to resume' in resume(tmp_path/'done')
+    assert 'there is no folder' in resume(tmp_path/'none')
+    assert 'is not a run folder' in resume(image_folder)
+    with pytest.raises(KeyboardInterrupt): train(r, image_folder, tmp_path/'b', cbs=[Interrupt()])
+    assert f"--resume {tmp_path/'b'}" in capsys.readouterr().out.splitlines()[-1]
+    assert 'leave out --lr' in resume(tmp_path/'b', '--lr', '1e-3')
+    assert 'leave out --out' in resume(tmp_path/'b', '--out', 'c')
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, '-c', hold, str(tmp_path/'b'/'checkpoint'/'lock')], stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == b'held\n'
+        assert 'another process is training in' in resume(tmp_path/'b')
+        other.stdin.close()
+    (image_folder/'val'/'2'/'0.png').rename(image_folder/'val'/'2'/'new.png')
+    assert '12 validation images of 3 classes as before, but of other names or labels' in resume(tmp_path/'b')
+    (tmp_path/'b'/'checkpoint'/'state.pt').unlink()
+    assert 'start it anew' in resume(tmp_path/'b')
+    assert main(['train']) == 2 and 'folder of images, or --resume' in capsys.readouterr().err
+
+
+class Interrupt(Callback):
+    "Ctrl-C in the second epoch."
+    def after_batch(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+
+
+def test_a_run_that_ended_no_epoch_leaves_nothing(recipe, image_folder, tmp_path, capsys):
+    with pytest.raises(Killed): train(recipe(), image_folder, tmp_path/'runs'/'b', cbs=[KillAt(1, 0)])
+    assert not (tmp_path/'runs').exists() and '--resume' not in capsys.readouterr().out
 
 
 @pytest.mark.cuda
