@@ -129,11 +129,13 @@ def predict(
     write_predictions(df, out, zip=zip)
     print(f"{len(df):,} predictions in {file}")
 
-# %% ../nbs/210_cli.ipynb #1e732e5f
+# %% ../nbs/210_cli.ipynb #7426f0f9
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="folder of images, as for train")],
     csv: Annotated[Optional[Path], typer.Option(help="table with columns path, label and, if you like, split, instead of class folders")] = None,
+    train: Annotated[str, typer.Option(help="list file of the training images, such as train.txt, instead of class folders")] = 'train',
+    valid: Annotated[str, typer.Option(help="list file of the validation images")] = 'val',
     json: Annotated[bool, typer.Option('--json', help="print everything as JSON, every file listed")] = False,
     html: Annotated[Optional[Path], typer.Option(help="also write a page with thumbnails")] = None,
     fast: Annotated[bool, typer.Option('--fast', help="headers and class counts only: no decoding, no search for duplicates")] = False,
@@ -142,7 +144,7 @@ def check(
     if html: check_new(html, 'page')
     _folder(data)
     from mstoolkit.check import check_data, report_html
-    found = check_data(data, csv=csv, fast=fast)
+    found = check_data(data, csv=csv, train=train, valid=valid, fast=fast)
     print(found.json() if json else found)
     if html: print(f"page in {write_text(html, report_html(found))}", file=sys.stderr)
     raise typer.Exit(0 if found.ok else 1)
