@@ -13,8 +13,8 @@ from mstoolkit.datasets import make_data
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import train
 
-RECIPE = Recipe(name='fashion-mnist', backbone='test_resnet', head='gated', pretrained=False, size=72, augment='shift', epochs=12, bs=64, lr=4e-3,
-                wd=.2, opt='adamw', schedule='one-cycle', loss='smoothed', smoothing=.1, cutmix=0., plateau_patience=-1, stop_patience=0)
+RECIPE = Recipe(name='fashion-mnist', backbone='test_resnet', head='gated', pretrained=False, size=56, augment='shift', epochs=12, bs=64, lr=4e-3,
+                wd=.05, opt='adamw', schedule='one-cycle', loss='smoothed', smoothing=.1, cutmix=0., plateau_patience=-1, stop_patience=0)
 
 
 def parse(args=None):

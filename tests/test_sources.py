@@ -1,5 +1,4 @@
 "Folders, tables and lists as samples; splits that are stratified, disjoint and keep groups together."
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -188,15 +187,3 @@ def test_class_lists(tmp_path):
     names, train, valid = class_names(numbered, numbered[:1], tmp_path/'c.txt')
     assert (names, labels(train), labels(valid)) == (['zebra', 'ant'], ['ant', 'zebra'], ['ant'])
     assert class_names(numbered, [], ['1', '0'])[0] == ['1', '0']  # here the numbers are the names
-
-
-def test_splitting_time_grows_linearly():
-    def seconds(n):
-        s = [Sample(Path(f'{i}'), str(i % 1000)) for i in range(n)]
-        t = time.perf_counter()
-        stratified_split(s, .2, 0)
-        fold_split(s, 5, 0, 0)
-        class_names(s, s)
-        return time.perf_counter()-t
-    seconds(2000)
-    assert seconds(80_000) < 10*seconds(20_000)
