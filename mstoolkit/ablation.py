@@ -8,16 +8,18 @@ Docs: https://mstoolkit.github.io/mstoolkit/ablation.html.md"""
 __all__ = ['studies', 'Study', 'grid', 'load_study', 'Job', 'study_jobs', 'run_job', 'run_study', 'study_runs', 'study_table',
            'plot_study', 'format_table']
 
-# %% ../nbs/200_ablation.ipynb #a56cbd07
+# %% ../nbs/200_ablation.ipynb #83f4587c
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -28,9 +30,9 @@ from matplotlib.figure import Figure
 
 from .core import check_new, choice, write_text
 from .recipe import Recipe, load_recipe, recipe_from_dict, recipe_to_toml, recipes, tomllib
-from .report import Run, correct_cells, plot_cells
+from .report import Run, correct_cells, finished_runs, plot_cells
 from .stats import verdicts
-from .train import recipe_dls, recipe_learner, train
+from .train import recipe_dls, recipe_learner, resume_run, train
 
 # %% ../nbs/200_ablation.ipynb #851690da
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def study_jobs(
     cells = {c: recipe_from_dict(dict(d, name=c), base) for c, d in study.cells.items()}
     return [Job(c, replace(r, seed=s), Path(out)/c/f'seed-{s}') for s in range(seeds) for c, r in cells.items()]
 
-# %% ../nbs/200_ablation.ipynb #0ffaec84
+# %% ../nbs/200_ablation.ipynb #333762d4
 def run_job(
     folder: str|Path, # the run folder to make
     recipe: Recipe|str|Path, # what to do
@@ -112,59 +114,93 @@ def run_job(
     table: str|Path, # CSV of the study's images and their split
     threads: int # CPU threads
 ):
-    "Train one run of a study."
+    "Train one run of a study, or go on with it."
     folder, before = Path(folder), torch.get_num_threads()
     part = folder.with_name(f'.{folder.name}')
-    shutil.rmtree(part, ignore_errors=True) # what an interruption left
+    begun = (part/'checkpoint'/'state.pt').is_file()
+    if not begun: shutil.rmtree(part, ignore_errors=True)
     torch.set_num_threads(threads)
-    try: train(recipe, data, part, csv=table)
+    try: resume_run(part) if begun else train(recipe, data, part, csv=table)
     finally: torch.set_num_threads(before)
     part.rename(folder)
 
-# %% ../nbs/200_ablation.ipynb #492c5df2
-_program = 'import sys; from mstoolkit.ablation import run_job; run_job(*sys.argv[1:5], int(sys.argv[5]))'
+# %% ../nbs/200_ablation.ipynb #a81457e4
+_program = 'import sys; from mstoolkit.ablation import _run_below; _run_below(*sys.argv[1:])'
 
-def _run_apart(job: Job, data: Path, table: Path, threads: int):
-    "Train one run in a process of its own; what it prints goes into a log beside its folder."
-    log = job.folder.with_suffix('.log')
+def _run_below(parent: str, folder: str, recipe: str, data: str, table: str, threads: str):
+    "`run_job` in a process that ends when its parent has ended, even where that was killed."
+    def watch():
+        while os.getppid() == int(parent): time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+    run_job(folder, recipe, data, table, int(threads))
+
+def _start(job: Job, data: Path, table: Path, threads: int, gpu: str|None = None) -> subprocess.Popen:
+    "Start one run in a process of its own; what it prints goes into a log beside its folder."
     recipe = write_text(job.folder.with_suffix('.toml'), recipe_to_toml(job.recipe))
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
-    with log.open('w', encoding='utf-8') as f:
-        cmd = [sys.executable, '-c', _program, *map(str, (job.folder, recipe, data, table, threads))]
-        rc = subprocess.run(cmd, stdout=f, stderr=f, env=env).returncode
-    if rc: raise ChildProcessError((log.read_text(encoding='utf-8').strip().splitlines() or [f'exit code {rc}'])[-1])
+    if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
+    cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, data, table, threads))]
+    with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f: return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
 
-def _here(job: Job, data: Path, table: Path, threads: int): run_job(job.folder, job.recipe, data, table, threads)
+def _outcome(job: Job, code: int) -> str|None:
+    "The last line of the log of a run that failed."
+    if code: return ([o for o in job.folder.with_suffix('.log').read_text(encoding='utf-8').splitlines() if o.strip()] or [f'exit code {code}'])[-1]
 
-# %% ../nbs/200_ablation.ipynb #d6ebff56
-def _run_all(jobs: list[Job], n: int, ray: bool, args: tuple) -> Iterator[tuple]:
-    "Run the jobs, `n` at a time, and give each with its error or None as it ends."
-    if ray: yield from _run_on_ray(jobs, args); return
-    if n == 1:
-        for j in jobs: yield j, _error(_here, j, *args)
-        return
-    with ThreadPoolExecutor(n) as pool:
-        waiting = {pool.submit(_error, _run_apart, j, *args): j for j in jobs}
-        for f in as_completed(waiting): yield waiting[f], f.result()
+# %% ../nbs/200_ablation.ipynb #285ee0a0
+def _gpus(n: int) -> list[str]:
+    "A GPU for each of `n` processes, in turn; '' where there is none."
+    own = os.environ.get('CUDA_VISIBLE_DEVICES')
+    have = own.split(',') if own is not None else [str(i) for i in range(torch.cuda.device_count())] or ['']
+    return [have[i % len(have)] for i in range(n)]
 
-def _error(f, *args) -> str|None:
-    "What went wrong, in one line; one run's failure is not the study's."
-    try: f(*args)
-    except Exception as e: return ' '.join(f'{type(e).__name__}: {e}'.split())
+def _side_by_side(jobs: list[Job], n: int, args: tuple) -> Iterator[tuple]:
+    "Run the jobs in processes, `n` at a time; those that still run when the caller gives up are ended."
+    todo, running, free = deque(jobs), {}, _gpus(n)
+    try:
+        while todo or running:
+            while todo and free:
+                j, gpu = todo.popleft(), free.pop(0)
+                running[j] = _start(j, *args, gpu), gpu
+            for j, (p, gpu) in list(running.items()):
+                if p.poll() is None: continue
+                del running[j]
+                free.append(gpu)
+                yield j, _outcome(j, p.returncode)
+            time.sleep(.1)
+    finally:
+        for p, _ in running.values(): p.terminate()
+        for p, _ in running.values(): p.wait()
 
-# %% ../nbs/200_ablation.ipynb #bb00d781
-def _run_on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
-    "Run the jobs on a Ray cluster, each on `threads` CPUs and, where there are GPUs, one of those."
+# %% ../nbs/200_ablation.ipynb #3ddc36b2
+def _here(jobs: list[Job], args: tuple) -> Iterator[tuple]:
+    "Run the jobs one after the other in this process; one run's failure is not the study's."
+    for j in jobs:
+        error = None
+        try: run_job(j.folder, j.recipe, *args)
+        except Exception as e: error = ' '.join(f'{type(e).__name__}: {e}'.split())
+        yield j, error
+
+# %% ../nbs/200_ablation.ipynb #7384063c
+def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
+    "Run the jobs on a Ray cluster."
     try: import ray
     except ImportError as e: raise ImportError("Ray is not installed: pip install mstoolkit[ray]") from e
     if not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    gpu = int(ray.cluster_resources().get('GPU', 0) > 0)
-    remote = ray.remote(num_cpus=args[2], num_gpus=gpu)(_error)
-    waiting = {remote.remote(_run_apart, j, *args): j for j in jobs}
-    while waiting:
-        for o in ray.wait(list(waiting), num_returns=1)[0]: yield waiting.pop(o), ray.get(o)
+    have, (data, table, threads) = ray.cluster_resources(), args
+    gpus = int(have.get('GPU', 0))
+    if gpus: threads = max(1, min(threads, int(have['CPU']//gpus)))
+    remote = ray.remote(num_cpus=threads, num_gpus=int(gpus > 0))(_start_and_wait)
+    waiting = {remote.remote(j, data, table, threads): j for j in jobs}
+    try:
+        while waiting:
+            for o in ray.wait(list(waiting), num_returns=1)[0]: yield waiting.pop(o), ray.get(o)
+    finally:
+        for o in waiting: ray.cancel(o, force=True)
 
-# %% ../nbs/200_ablation.ipynb #692f6869
+def _start_and_wait(job: Job, *args) -> str|None: return _outcome(job, _start(job, *args).wait())
+
+# %% ../nbs/200_ablation.ipynb #9666c61b
 def _write_table(dls: DataLoaders, path: Path):
     "Write down which image is in which split."
     sets = dict(train=dls.train_ds, valid=dls.valid_ds)
@@ -173,12 +209,13 @@ def _write_table(dls: DataLoaders, path: Path):
 
 def _settle(study: Study, base: Recipe, out: Path):
     "Take the folder, or make sure that it is this study's."
-    own = json.dumps(dict(name=study.name, cells=study.cells, base=recipe_to_toml(replace(base, seed=0, device='auto', num_workers=-1))), indent=1)
-    file = out/'study.json'
-    if file.is_file():
-        if file.read_text(encoding='utf-8') != own:
-            raise ValueError(f"{str(out)!r} holds another study (other cells or base recipe): choose another folder")
-    else: write_text(check_new(out, 'study folder')/file.name, own)
+    base, cells, file = replace(base, seed=0, device='auto', num_workers=-1), json.loads(json.dumps(study.cells)), out/'study.json'
+    if not file.is_file():
+        write_text(check_new(out, 'study folder')/file.name, json.dumps(dict(name=study.name, cells=cells, base=recipe_to_toml(base)), indent=1))
+        return
+    was = json.loads(file.read_text(encoding='utf-8'))
+    if was['cells'] != cells or recipe_from_dict(tomllib.loads(was['base'])) != base:
+        raise ValueError(f"{str(out)!r} holds another study (other cells or base recipe): choose another folder")
 
 # %% ../nbs/200_ablation.ipynb #f2f091ca
 def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3) -> float:
@@ -213,7 +250,7 @@ def _plan(jobs: list[Job], data: Path, n: int):
     for j in jobs: print(f'{j.name:<44} ' + ('done' if j.done else f'about {est[j.name]/60:.1f} min at the most'))
     print(f'{len(est)} of {len(jobs)} runs to do, about {sum(est.values())/60/n:.0f} min at the most')
 
-# %% ../nbs/200_ablation.ipynb #e3897852
+# %% ../nbs/200_ablation.ipynb #6d299792
 def run_study(
     study: Study|str|Path, # a study, the name of one, or a TOML file
     data: str|Path, # folder of images
@@ -221,9 +258,9 @@ def run_study(
     *,
     recipe: Recipe|str|Path = 'gate', # what the cells change: a recipe, the name of one, or a TOML file
     seeds: int = 3, # runs of each cell; with one seed there can be no verdict
-    jobs: int = 1, # runs side by side on this machine, each in its own process; the same numbers for the same `threads`
+    jobs: int = 1, # runs side by side, each in its own process; the same numbers for the same `threads`
     threads: int|None = None, # CPU threads of each run; the machine's, divided by `jobs`
-    ray: bool = False, # run on a Ray cluster instead
+    ray: bool = False, # run on a Ray cluster, as many at a time as have room
     dry_run: bool = False, # list the runs and the time they will take, and stop
     baseline: str|None = None # the cell to compare with; the first when not given
 ) -> pd.DataFrame|None: # the verdicts, see `verdicts`; None with `dry_run`
@@ -241,13 +278,14 @@ def run_study(
     failures, left = {}, [j for j in todo if not j.done]
     for j in left: j.folder.parent.mkdir(parents=True, exist_ok=True)
     args = data, out/'images.csv', threads or max(1, (os.cpu_count() or 1)//jobs)
-    for i, (j, error) in enumerate(_run_all(left, jobs, ray, args), 1):
-        if error: failures[j.name] = error
-        print(f'{i}/{len(left)} {j.name}: {error or f"accuracy {Run(j.folder).accuracy:.4f}"}', flush=True)
+    with closing(_on_ray(left, args) if ray else _side_by_side(left, jobs, args) if jobs > 1 else _here(left, args)) as ended:
+        for i, (j, error) in enumerate(ended, 1):
+            if error: failures[j.name] = error
+            print(f'{i}/{len(left)} {j.name}: {error or f"accuracy {Run(j.folder).accuracy:.4f}"}', flush=True)
     write_text(out/'failures.json', json.dumps(failures, indent=1))
     return study_table(out, baseline)
 
-# %% ../nbs/200_ablation.ipynb #d9d353d6
+# %% ../nbs/200_ablation.ipynb #1bfcff38
 def study_runs(
     out: str|Path # a study's folder
 ) -> dict: # cell → its finished runs
@@ -255,7 +293,7 @@ def study_runs(
     file = Path(out)/'study.json'
     if not file.is_file(): raise FileNotFoundError(f"{str(out)!r} is not a study's folder: it has no study.json")
     cells = json.loads(file.read_text(encoding='utf-8'))['cells']
-    runs = {c: [Run(o) for o in sorted((Path(out)/c).glob('seed-*')) if o.is_dir()] for c in cells}
+    runs = {c: [Run(o) for o in finished_runs(Path(out)/c)] for c in cells}
     return {c: r for c, r in runs.items() if r}
 
 def study_table(
@@ -298,7 +336,7 @@ def _lines(df: pd.DataFrame, sep: str, start: str = '', end: str = '', rule: str
     if rule: lines.insert(1, start + sep.join(rule*w for w in wide) + end)
     return '\n'.join(lines) + '\n'
 
-# %% ../nbs/200_ablation.ipynb #42af3706
+# %% ../nbs/200_ablation.ipynb #9ff0a944
 def _latex(df: pd.DataFrame) -> str:
     body = _lines(_shown(df).rename(columns=_tex).map(_tex), ' & ', end=' \\\\')
     return '\\begin{tabular}{lrrrrrrp{5cm}}\n\\hline\n' + body + '\\hline\n\\end{tabular}\n'
@@ -307,7 +345,9 @@ _formats = {'text': lambda df: _lines(_shown(df), '  ', rule='-'),
             'markdown': lambda df: _lines(_shown(df).replace('[|]', r'\\|', regex=True), ' | ', '| ', ' |', '-'),
             'latex': _latex, 'csv': lambda df: df.to_csv()}
 
-def _tex(s: str) -> str: return ''.join({'%': r'\%', '&': r'\&', '_': r'\_', '#': r'\#'}.get(c, c) for c in s)
+_tex_chars = {c: f'\\{c}' for c in '%&_#${}'} | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+
+def _tex(s: str) -> str: return ''.join(_tex_chars.get(c, c) for c in s)
 
 # %% ../nbs/200_ablation.ipynb #8da01fd4
 def format_table(

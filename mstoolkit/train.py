@@ -34,7 +34,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import rank_distrib
 
 from .artifact import Classifier, library_versions
-from .balance import balance_learner
+from .balance import balance_learner, class_counts
 from .callback.checkpoint import Checkpoint
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
@@ -141,7 +141,8 @@ def environment(
     return dict(versions=library_versions(), platform=platform.platform(), processors=torch.get_num_threads(), device=str(dev),
                 gpu=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else None, command=sys.argv, started=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
                 data=dict(path=str(Path(data).resolve()), classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds), options=options,
-                          in_memory=in_memory, digest=_digest(dls)))
+                          in_memory=in_memory, digest=_digest(dls), train_per_class=class_counts(dls).int().tolist(),
+                          warnings=getattr(dls, 'warned', [])))
 
 # %% ../nbs/170_train.ipynb #203b7abc
 def free_run_folder(
@@ -165,8 +166,8 @@ def _need_space(folder: Path, learn: Learner):
 def _quick_check(dls: DataLoaders, data: str|Path):
     "Look at every file's header and at the class counts; print what deserves a look, and stop where training would fail."
     report = check_samples(dls.train_ds.items, dls.valid_ds.items, data)
-    for f in report.findings:
-        if f.level == 'warning': print(f'warning: {f.text}')
+    dls.warned = [f.text for f in report.findings if f.level == 'warning']
+    for text in dls.warned: print(f'warning: {text}')
     bad = [f for f in report.findings if f.level == 'error']
     if bad:
         example = f"; the first: {': '.join(bad[0].files[0])}" if bad[0].files else ''

@@ -1,14 +1,24 @@
 "Studies: cells, resumption, failures, tables; the same numbers however they are run."
+import _thread
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mstoolkit import ablation
 from mstoolkit.ablation import Study, format_table, grid, load_study, plot_study, run_study, studies, study_jobs, study_table
 from mstoolkit.datasets import make_digits, make_navon
 from mstoolkit.recipe import Recipe
+from mstoolkit.report import Run
 from test_report import fake_run
 
 HEADS = Study('heads', grid(head=['plain', 'gated']))
@@ -114,6 +124,95 @@ def test_tables(tmp_path, navon, fake_train):
     (tmp_path/'t.csv').write_text(format_table(df, 'csv'))
     assert pd.read_csv(tmp_path/'t.csv', index_col=0).accuracy.tolist() == pytest.approx(df.accuracy.tolist())
     with pytest.raises(ValueError, match='unknown kind of table'): format_table(df, 'html')
+    assert ablation._tex(r'a_b & 5 % ~ {x} \y ^2 $') == r'a\_b \& 5 \% \textasciitilde{} \{x\} \textbackslash{}y \textasciicircum{}2 \$'
+
+
+# Processes side by side: a stand-in for training that sleeps
+
+SLEEPER = '''import json, os, sys, time
+from pathlib import Path
+from mstoolkit.core import write_text
+parent, folder = sys.argv[1:3]
+write_text(Path(folder).with_suffix('.started'), json.dumps(dict(pid=os.getpid(), gpu=os.environ.get('CUDA_VISIBLE_DEVICES'))))
+if 'absurd' in folder: sys.exit('this rate is absurd')
+time.sleep(float(os.environ['SLEEP']))
+'''
+
+
+def sleepers(tmp_path, monkeypatch, n=4, seconds=.2, **recipe):
+    "Jobs whose processes only sleep."
+    monkeypatch.setattr(ablation, '_program', SLEEPER)
+    monkeypatch.setenv('SLEEP', str(seconds))
+    cells = ['absurd' if i == 1 else 'c' for i in range(n)]
+    for c in cells: (tmp_path/c).mkdir(exist_ok=True)
+    return [ablation.Job(c, replace(BASE, seed=i, **recipe), tmp_path/c/f'seed-{i}') for i, c in enumerate(cells)]
+
+
+def started(jobs): return [json.loads(f.read_text()) for j in jobs if (f := j.folder.with_suffix('.started')).exists()]
+
+
+def alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return True
+
+
+def test_processes_take_the_gpus_in_turn_and_say_what_went_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
+    jobs = sleepers(tmp_path, monkeypatch, device='auto')
+    ended = dict(ablation._side_by_side(jobs, 2, (tmp_path, tmp_path/'t.csv', 1)))
+    assert [ended[j] for j in jobs] == [None, 'this rate is absurd', None, None]
+    gpus = [o['gpu'] for o in started(jobs)]
+    assert set(gpus[:2]) == {'4', '7'} and set(gpus) == {'4', '7'}
+    jobs = sleepers(tmp_path, monkeypatch, n=1, device='cuda:1')    # a GPU of the user's own choice
+    assert dict(ablation._side_by_side(jobs, 2, (tmp_path, tmp_path/'t.csv', 1)))
+    assert started(jobs)[0]['gpu'] == '4,7'
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    assert ablation._gpus(3) == ([str(i % n) for i in range(3)] if (n := torch.cuda.device_count()) else ['']*3)
+
+
+def test_an_interruption_ends_the_processes(tmp_path, monkeypatch):
+    jobs = sleepers(tmp_path, monkeypatch, seconds=60)
+    runs = ablation._side_by_side(jobs, 2, (tmp_path, tmp_path/'t.csv', 1))
+    next(runs)                                       # the absurd one has ended
+    while len(started([jobs[0]])) < 1: time.sleep(.05)
+    runs.close()
+    assert not any(alive(o['pid']) for o in started(jobs)) and len(started(jobs)) <= 2
+
+
+@pytest.mark.skipif(os.name != 'posix', reason="elsewhere a process is not given another parent")
+def test_a_run_ends_with_the_process_that_started_it(tmp_path):
+    code = ('import os, subprocess, sys, time; p = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())]); '
+            'print(p.pid, flush=True); time.sleep(60)')
+    child = ('import sys, time; from mstoolkit import ablation; ablation.run_job = lambda *_: time.sleep(60); '
+             'ablation._run_below(sys.argv[1], *"abcd", 1)')
+    p = subprocess.Popen([sys.executable, '-c', code, child], stdout=subprocess.PIPE, text=True)
+    with p.stdout:
+        assert alive(int(p.stdout.readline()))
+        p.kill(); p.wait()
+        t0 = time.time()
+        p.stdout.read()                              # ends when the child, which has the pipe too, has ended
+    assert time.time() - t0 < 45
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
+    data, base, train = make_digits(tmp_path/'digits'), replace(BASE, epochs=4), ablation.train
+    def interrupted(r, data, out, csv):
+        def watch():
+            while not (out/'checkpoint'/'state.pt').exists(): time.sleep(.01)
+            _thread.interrupt_main()
+        threading.Thread(target=watch, daemon=True).start()
+        train(r, data, out, csv=csv)
+    monkeypatch.setattr(ablation, 'train', interrupted)
+    with pytest.raises(KeyboardInterrupt): run_study(HEADS, data, tmp_path/'a', recipe=base, seeds=1, threads=1)
+    assert (tmp_path/'a'/'plain'/'.seed-0'/'checkpoint'/'state.pt').exists() and not (tmp_path/'a'/'plain'/'seed-0').exists()
+    monkeypatch.setattr(ablation, 'train', train)
+    a, b = (run_study(HEADS, data, tmp_path/o, recipe=base, seeds=1, threads=1) for o in 'ab')
+    pd.testing.assert_frame_equal(a, b)
+    assert Run(tmp_path/'a'/'plain'/'seed-0').env['resumed']
+    weights = [load_file(tmp_path/o/'plain'/'seed-0'/'model.safetensors') for o in 'ab']
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 "The report: one file, well-formed, escaped, honest when something is missing."
+import html
 import json
 import re
 import shutil
@@ -139,6 +140,31 @@ def test_images_that_are_gone_are_said_to_be(tmp_path, navon):
 def test_warnings_name_what_is_wrong(tmp_path, navon):
     text = ' '.join(run_warnings(Run(fake_run(tmp_path/'r', navon, model=False))))
     assert 'last epoch was the best' in text and 'waiting for data' in text and 'points only' in text
+
+
+def test_a_study_is_its_finished_runs(tmp_path, navon):
+    study = tmp_path/'study'
+    for h, right in dict(plain=.6, gated=.9).items():
+        for s in range(2): fake_run(study/h/f'seed-{s}', navon, seed=10*s+len(h), name=h, head=h, right=right, model=False)
+    (study/'gated'/'.seed-2').mkdir()                     # one that is still training
+    (study/'study.json').write_text(json.dumps(dict(cells=dict(plain={}, gated={}))))
+    page = write_report(study)
+    assert page == study/'report.html' and 'Every cell against plain' in checked(page)
+    shutil.rmtree(study/'plain'); shutil.rmtree(study/'gated')
+    with pytest.raises(FileNotFoundError, match='no run of the study'): write_report(study)
+
+
+def test_the_data_speak_up(tmp_path, navon):
+    run = fake_run(tmp_path/'my run', navon, model=False)
+    env = json.loads((run/'environment.json').read_text())
+    options = dict(csv='my table.csv', fold=0, cache=True)
+    env['data'] |= dict(train_per_class=[3, 40], warnings=['2 images are in training and validation'], options=options)
+    (run/'environment.json').write_text(json.dumps(env))
+    (run/'left_out.txt').write_text('a.jpg: is empty')
+    text = html.unescape(checked(write_report(run)))
+    for part in ('3 to 40 training and', '2 images are in training', '1 images could not be read and were left out: a.jpg',
+                 "--csv 'my table.csv' --cache", f"--recipe '{run}/recipe.toml'"): assert part in text, part
+    assert '--fold' not in text
 
 
 def test_what_is_no_run_is_named(tmp_path):
