@@ -67,7 +67,7 @@ def _line(ax, df, column, label, **kw):
     values = pd.to_numeric(df[column]) if column in df else pd.Series(dtype=float)
     if values.notna().any(): ax.plot(df.epoch, values, label=label, marker='o', markersize=3, linewidth=1.6, **kw)
 
-# %% ../nbs/140_interpret.ipynb #14ea476c
+# %% ../nbs/140_interpret.ipynb #6d2aa25b
 def _draw_losses(ax, df):
     _line(ax, df, 'train_loss', 'training', color=_blue)
     _line(ax, df, 'valid_loss', 'validation', color=_orange)
@@ -82,7 +82,9 @@ def _draw_metrics(ax, df):
 
 def _draw_rates(ax, df):
     lrs = _columns(df)[1]
-    for i, c in enumerate(lrs): _line(ax, df, c, f'group {i}' + (' (head)' if i and i == len(lrs)-1 else ''), color=palette[i % len(palette)])
+    if all(df[c].equals(df[lrs[0]]) for c in lrs): _line(ax, df, lrs[0], 'all groups', color=palette[0]) # else the last would hide the others
+    else:
+        for i, c in enumerate(lrs): _line(ax, df, c, f'group {i}' + (' (head)' if i and i == len(lrs)-1 else ''), color=palette[i % len(palette)])
     ax.set(title="Learning rate (each epoch's last step)", ylabel='learning rate', yscale='log')
 
 # %% ../nbs/140_interpret.ipynb #edaa440e
