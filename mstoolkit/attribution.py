@@ -193,7 +193,7 @@ def scale_shares(
     df.index = pd.Index([str(classes[i]) if classes else i for i in df.index], name='class')
     return df
 
-# %% ../nbs/145_attribution.ipynb #5a62c9af
+# %% ../nbs/145_attribution.ipynb #fe99f2e5
 def plot_shares(
     df: pd.DataFrame # from `scale_shares`
 ) -> Figure:
@@ -201,7 +201,7 @@ def plot_shares(
     share, gate = df.filter(regex='^share_'), df.filter(regex='^gate_')
     order = share.iloc[:, 0].sort_values().index
     share, gate, y = share.loc[order], gate.loc[order], np.arange(len(df))
-    fig = Figure(figsize=(7.2, .9+min(.22*len(df), 9)), layout='constrained')
+    fig = Figure(figsize=(7.2, .9+min(.22*len(df), 18)), layout='constrained')
     axs = fig.subplots(1, 1 + bool(gate.shape[1]), squeeze=False, sharey=True)
     left = np.zeros(len(df))
     for c, name in zip(palette, share):
@@ -210,7 +210,7 @@ def plot_shares(
     axs[0, 0].set(xlim=(0, 1), xlabel='share of the class logit', ylim=(-.6, len(df)-.4))
     for c, mark, name in zip(palette, 'o^sDvP', gate): axs[0, 1].plot(gate[name], y, mark, ms=5, mfc='none', color=c)
     if gate.shape[1]: axs[0, 1].set(xlim=(-.03, 1.03), xlabel='gate'); axs[0, 1].grid(axis='x', alpha=.3)
-    axs[0, 0].set_yticks(y, order, fontsize=8 if len(df) <= 40 else 4.5)
+    axs[0, 0].set_yticks(y, order, fontsize=min(8, 900/len(df)))
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False, fontsize=8)
     return fig
 
