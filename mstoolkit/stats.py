@@ -91,7 +91,8 @@ def accuracy_interval(
     var = v.variance(n, s)
     n_eff, t = (p*(1-p)/var, stats.t.ppf(.5+level/2, v.df(n, s))) if var else (n, stats.t.ppf(.5+level/2, n-1))
     mid, half = p + t*t/(2*n_eff), t*math.sqrt(p*(1-p)/n_eff + (t/(2*n_eff))**2)
-    return tuple(float(min(max((mid + o)/(1 + t*t/n_eff), 0), 1)) for o in (-half, half))
+    low, high = ((mid + o)/(1 + t*t/n_eff) for o in (-half, half))
+    return float(max(min(low, p), 0)), float(min(max(high, p), 1)) # rounding must not leave the accuracy itself outside
 
 # %% ../nbs/195_stats.ipynb #34462a3f
 @dataclass(frozen=True)

@@ -97,6 +97,13 @@ def test_one_seed_gives_wilsons_interval():
     assert (hi-lo)/2 == pytest.approx(.034, abs=5e-4)
 
 
+@given(st.integers(2, 60), st.data())
+def test_the_interval_holds_the_accuracy_itself(n, data):
+    k = data.draw(st.integers(0, n))
+    lo, hi = accuracy_interval(np.arange(n) < k)
+    assert 0 <= lo <= k/n <= hi <= 1
+
+
 def test_the_interval_of_a_difference_covers_the_truth():
     rng = np.random.default_rng(3)
     big = simulate(rng, 200_000, 20, [0, .4], .1, .5)
