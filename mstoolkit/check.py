@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/check.html.md"""
 # %% auto #0
 __all__ = ['Entry', 'Finding', 'CheckReport', 'report_text', 'report_html', 'check_data', 'check_samples']
 
-# %% ../nbs/085_check.ipynb #86e3744e
+# %% ../nbs/085_check.ipynb #d03012ce
 import base64
 import hashlib
 import html
@@ -15,17 +15,17 @@ import json
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 from .core import natural_key, track
-from .image import ImageError, decode_image, image_files, image_header, read_image
+from .image import ImageError, decode_image, image_files, image_header, image_suffixes, read_image
 from .sources import Sample, source_samples
 
-# %% ../nbs/085_check.ipynb #ff3f27de
+# %% ../nbs/085_check.ipynb #5050df62
 @dataclass(frozen=True, slots=True)
 class Entry:
     "A file, where it stands, and what reading it told."
@@ -35,6 +35,7 @@ class Entry:
     format: str = '' # as Pillow names it
     width: int = 0 # in pixels
     height: int = 0
+    bytes: int = 0 # in the file
     digest: str = '' # of the file's bytes
     look: tuple = () # (64-bit difference hash, 16×16 grey thumbnail as bytes)
     kind: str = '' # what is wrong, a key of `bad_kinds`; '' when it can be read
@@ -66,21 +67,24 @@ def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split �
 def _sample_entries(train: list[Sample], valid: list[Sample]) -> list[Entry]:
     return [Entry(s.path, split, s.label) for split, o in (('train', train), ('valid', valid)) for s in o]
 
-# %% ../nbs/085_check.ipynb #20beb449
+# %% ../nbs/085_check.ipynb #5908575b
 def _look(im: np.ndarray) -> tuple: # difference hash as an int, thumbnail as bytes
     grey = cv2.cvtColor(im, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
     bits = np.packbits(small[:, 1:] > small[:, :-1])
     return int.from_bytes(bits.tobytes(), 'big'), cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).tobytes()
 
+def _not_there(path: Path) -> str:
+    return 'not a file' if os.path.exists(path) else 'the link leads nowhere' if os.path.lexists(path) else 'the file is gone'
+
 def _inspect(e: Entry, fast: bool) -> Entry:
     "Read a file; with `fast` only its header."
     known = {f: getattr(e, f) for f in ('path', 'split', 'label')}
     try:
-        if not os.path.isfile(e.path): raise ImageError('the file is gone' if not os.path.lexists(e.path) else 'the link leads nowhere', 'missing')
+        if not os.path.isfile(e.path): raise ImageError(_not_there(e.path), 'missing')
         with open(e.path, 'rb') as f: data = f.read(1 << 16 if fast else -1)
         h = image_header(data)
-        if fast: return Entry(**known, format=h.format, width=h.width, height=h.height)
+        if fast: return Entry(**known, format=h.format, width=h.width, height=h.height, bytes=os.path.getsize(e.path))
         im = decode_image(data, 64)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         return Entry(**known, format=h.format, width=h.width, height=h.height, digest=digest, look=_look(im))
@@ -97,7 +101,7 @@ class Finding:
     text: str # one line
     files: list[list[str]] = field(default_factory=list) # the files that it is about, in groups
 
-# %% ../nbs/085_check.ipynb #8ca52027
+# %% ../nbs/085_check.ipynb #e96f2d33
 _suffix_formats = dict(jpg='JPEG', jpeg='JPEG', jpe='JPEG', jfif='JPEG', png='PNG', gif='GIF', bmp='BMP', tif='TIFF', tiff='TIFF', webp='WEBP',
                        avif='AVIF', ppm='PPM', pgm='PPM', jp2='JPEG2000')
 
@@ -114,6 +118,14 @@ def _file_findings(entries: list[Entry]):
     if odd: yield Finding('note', 'wrong ending', f"{_n(len(odd), 'file')} of another format than the name says (read by content)", odd)
     thin = [[str(e.path), f'{e.width} × {e.height}'] for e in entries if e.width and max(e.width, e.height) > 8*min(e.width, e.height)]
     if thin: yield Finding('warning', 'odd shape', f"{_n(len(thin), 'image')} more than eight times as long as wide", thin)
+
+def _loose_findings(path: Path):
+    "Images that lie beside class folders, in none."
+    for folder in (path/'train', path):
+        if not folder.is_dir() or not _dirs(folder, ('val', 'valid', 'validation', 'test')): continue
+        loose = [[str(o)] for o in sorted(folder.iterdir()) if o.suffix.lower() in image_suffixes and o.is_file()]
+        if loose: yield Finding('warning', 'loose', f"{_n(len(loose), 'image')} in no class folder, beside them: not trained on", loose)
+        return
 
 def _class_findings(entries: list[Entry], empty: dict):
     "Classes that are empty, missing, alone or very uneven."
@@ -134,7 +146,7 @@ def _class_findings(entries: list[Entry], empty: dict):
         (most, n), (least, m) = has['train'].most_common()[0], has['train'].most_common()[-1]
         if n > 5*m: yield Finding('warning', 'imbalance', f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'")
 
-# %% ../nbs/085_check.ipynb #01bd7a60
+# %% ../nbs/085_check.ipynb #6783b144
 def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> list[tuple[int, int]]:
     "Pairs of images that look the same: hashes within `max_bits`, thumbnails within `max_grey` levels on average. Flat pictures do not count."
     hashes = np.array([h for h, _ in looks], dtype=np.uint64)
@@ -152,6 +164,12 @@ def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> 
                 pairs |= {(min(a, b), max(a, b)) for a, b in zip(i[same].tolist(), j[same].tolist())} if len(i) else set()
     return sorted(pairs)
 
+def _digest_alike(entries: list[Entry]) -> list[Entry]:
+    "Digests of the files that are as long as another: the only ones that could be the same."
+    n = Counter(e.bytes for e in entries)
+    digest = lambda e: hashlib.blake2b(e.path.read_bytes(), digest_size=16).hexdigest()
+    return [replace(e, digest=digest(e)) if e.bytes and n[e.bytes] > 1 else e for e in entries]
+
 def _groups(pairs, n: int) -> list[list[int]]:
     "Connected groups of a list of pairs."
     parent = list(range(n))
@@ -165,11 +183,12 @@ def _groups(pairs, n: int) -> list[list[int]]:
 
 def _twin_findings(entries: list[Entry]):
     "Exact and near duplicates: across splits they are leaks, with two labels they are contradictions."
-    ok = [e for e in entries if e.look]
+    ok = [e for e in entries if e.digest]
     by_digest = defaultdict(list)
     for i, e in enumerate(ok): by_digest[e.digest].append(i)
     exact = [g for g in by_digest.values() if len(g) > 1]
-    near = [g for g in _groups(_near_pairs([e.look for e in ok]), len(ok)) if len({ok[i].digest for i in g}) > 1]
+    pairs = _near_pairs([e.look for e in ok]) if all(e.look for e in ok) else []
+    near = [g for g in _groups(pairs, len(ok)) if len({ok[i].digest for i in g}) > 1]
     for name, groups in (('exact', exact), ('near', near)):
         what = 'the same file' if name == 'exact' else 'the same picture'
         level = 'error' if name == 'exact' else 'warning'
@@ -277,34 +296,35 @@ def _counts(entries: list[Entry]) -> dict:
     n = {s: Counter(e.label for e in entries if e.split == s) for s in ('train', 'valid', 'test')}
     return {s: {k: c[k] for k in sorted(c, key=natural_key)} for s, c in n.items()}
 
-# %% ../nbs/085_check.ipynb #e2bcaf53
+# %% ../nbs/085_check.ipynb #4d496152
 def check_data(
     path: str|Path, # the data folder, as for `image_dls`; also what a table's relative paths are relative to
     *,
     train: str = 'train', # list file of the training images, where it is a file and not a folder
     valid: str|None = 'val', # list file of the validation images
     csv: str|Path|pd.DataFrame|None = None, # table with columns path, label and, if you like, split, instead of folders
-    fast: bool = False # headers and classes only: no decoding, no search for duplicates
+    fast: bool = False # headers, class counts and files that are the same to the byte: no decoding, no near duplicates
 ) -> CheckReport:
     "Read every image of a data folder and report what would hurt training."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    listed = csv is not None or (path/train).is_file()
+    listed = csv is not None or train != 'train'
     entries, empty = (_sample_entries(*source_samples(path, train, valid, csv)), {}) if listed else _folder_entries(path)
-    return _report(path, entries, empty, fast)
+    return _report(path, entries, empty, fast, () if listed else _loose_findings(path))
 
 def check_samples(
     train: list[Sample], # training images
     valid: list[Sample], # validation images
     path: str|Path # where they come from, for the report
 ) -> CheckReport:
-    "The fast part of the check, on images that are already listed: headers, sizes and class counts. `train` does it by itself."
+    "The fast part of the check, on images that are already listed: headers, class counts, files that are the same. `train` does it by itself."
     return _report(path, _sample_entries(train, valid), {}, True)
 
-def _report(path, entries: list[Entry], empty: dict, fast: bool) -> CheckReport:
+def _report(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> CheckReport:
     "Read the files and put together what they tell."
     with ThreadPoolExecutor(os.cpu_count() or 1) as ex:
         seen = list(track(ex.map(lambda e: _inspect(e, fast), entries), 'check images', total=len(entries)))
-    findings = [*_class_findings(seen, empty), *_file_findings(seen), *_twin_findings(seen)]
+    if fast: seen = _digest_alike(seen)
+    findings = [*_class_findings(seen, empty), *_file_findings(seen), *_twin_findings(seen), *more]
     findings.sort(key=lambda f: ('error', 'warning', 'note').index(f.level))
     return CheckReport(str(path), _counts(seen), _sizes(seen), dict(Counter(e.format for e in seen if e.format).most_common()), findings)

@@ -61,9 +61,10 @@ def recipe_options(
     command.__doc__, command.__name__ = f.__doc__, f.__name__
     return command
 
-# %% ../nbs/210_cli.ipynb #3ee53d70
+# %% ../nbs/210_cli.ipynb #3b3d394c
 def _folder(path: Path):
     "Say at once when a folder is not there; the library would, after the seconds that torch takes to import."
+    if path.is_file(): raise ValueError(f"{str(path)!r} is a file: give the folder it lies in")
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
 
 # %% ../nbs/210_cli.ipynb #1988272b
@@ -76,7 +77,7 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     from mstoolkit.train import resume_run
     resume_run(run, data)
 
-# %% ../nbs/210_cli.ipynb #77f384a7
+# %% ../nbs/210_cli.ipynb #5d0aa03d
 @app.command('train')
 @recipe_options
 def train_command(
@@ -84,8 +85,8 @@ def train_command(
     data: Annotated[Optional[Path], typer.Argument(help="folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…")] = None,
     recipe: Annotated[str, typer.Option('--recipe', '-r', help=f"{', '.join(recipes)}, or a .toml file")] = 'gate',
     out: Annotated[Optional[Path], typer.Option('--out', '-o', help="run folder to make; runs/RECIPE, or the next free runs/RECIPE-2 …")] = None,
-    csv: Annotated[Optional[Path], typer.Option(help="table with columns path, label and, if you like, split, instead of class folders")] = None,
-    train: Annotated[Optional[str], typer.Option(help="name of the training folder, or of a list file such as train.txt")] = None,
+    csv: Annotated[Optional[Path], typer.Option(help="table instead of folders: columns path (relative to DATA), label, perhaps split")] = None,
+    train: Annotated[Optional[str], typer.Option(help="training folder, or a list file such as train.txt (paths relative to DATA)")] = None,
     valid: Annotated[Optional[str], typer.Option(help="name of the validation folder or list; val, valid or validation when there is one")] = None,
     classes: Annotated[Optional[str], typer.Option(help="file that lists the class names in the order of the outputs")] = None,
     group: Annotated[Optional[str], typer.Option(help="column of --csv: images of one group stay on one side of the split")] = None,
@@ -129,7 +130,7 @@ def predict(
     write_predictions(df, out, zip=zip)
     print(f"{len(df):,} predictions in {file}")
 
-# %% ../nbs/210_cli.ipynb #7426f0f9
+# %% ../nbs/210_cli.ipynb #f490f587
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="folder of images, as for train")],
@@ -138,7 +139,7 @@ def check(
     valid: Annotated[str, typer.Option(help="list file of the validation images")] = 'val',
     json: Annotated[bool, typer.Option('--json', help="print everything as JSON, every file listed")] = False,
     html: Annotated[Optional[Path], typer.Option(help="also write a page with thumbnails")] = None,
-    fast: Annotated[bool, typer.Option('--fast', help="headers and class counts only: no decoding, no search for duplicates")] = False,
+    fast: Annotated[bool, typer.Option('--fast', help="headers, class counts and exact duplicates only: no decoding")] = False,
 ):
     "Look for broken files, leaks, duplicates and uneven classes; exit code 1 when something would hurt training."
     if html: check_new(html, 'page')
@@ -234,7 +235,7 @@ def demo(
     from mstoolkit.demo import demo as run
     run(out)
 
-# %% ../nbs/210_cli.ipynb #75af7ecd
+# %% ../nbs/210_cli.ipynb #f7133151
 def _one_line(e: Exception) -> str:
     "What went wrong, in one line."
     text = f'{e.strerror}: {e.filename!r}' if isinstance(e, OSError) and e.strerror and e.filename else str(e) or type(e).__name__
@@ -247,7 +248,9 @@ def main(
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main_thread else None  # so that clean-up runs
     try: app(args, prog_name='mstoolkit')
-    except SystemExit as e: return e.code or 0
+    except SystemExit as e:
+        if e.code == 143: print('mstoolkit: stopped by a signal', file=sys.stderr)
+        return e.code or 0
     except (ValueError, OSError, ImportError) as e:
         if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)

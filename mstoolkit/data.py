@@ -178,7 +178,7 @@ def _drop_bad(tr: list[Sample], va: list[Sample]) -> tuple[list[Sample], list[Sa
     if not tr: raise ValueError(f"none of the {len(bad)} images can be read")
     return tr, va, bad
 
-# %% ../nbs/080_data.ipynb #b41fa933
+# %% ../nbs/080_data.ipynb #5d105905
 def image_dls(
     path: str|Path, # folder of images; also what relative paths of a table or list are relative to
     *,
@@ -206,7 +206,9 @@ def image_dls(
     path = Path(path)
     choice(on_bad, ('error', 'skip'), 'on_bad'); choice(colour_on, ('auto', 'workers', 'device'), 'colour_on')
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
+    if fold and not folds: raise ValueError(f"fold={fold} says which of the folds is held out: give folds too")
     tr, va = source_samples(path, train, None if folds else valid, csv, group)
+    if folds and va: print(f"the {len(va):,} validation images of the table are not used: fold {fold} of {folds} is held out instead")
     tr, va, left_out = _drop_bad(tr, va) if on_bad == 'skip' else (tr, va, {})
     if isinstance(vocab, (str, Path)) and not Path(vocab).is_file(): vocab = path/vocab
     names, tr, va = class_names(tr, va, vocab)

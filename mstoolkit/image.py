@@ -49,7 +49,7 @@ def _is_image(
         with open(os.path.join(folder, name), 'rb') as f: return image_format(f.read(16)) is not None
     except OSError: return False
 
-# %% ../nbs/075_image.ipynb #1a3b03ac
+# %% ../nbs/075_image.ipynb #2d763e8c
 def image_files(
     folder: str|Path # a folder; images may lie at any depth, links are followed (and a link back to a parent only once)
 ) -> list[Path]: # in natural order
@@ -60,7 +60,8 @@ def image_files(
         s = os.stat(d)
         if (s.st_dev, s.st_ino) in seen: subdirs.clear(); continue
         seen.add((s.st_dev, s.st_ino))
-        subdirs[:] = [o for o in subdirs if not o.startswith('.')]
+        # links last, so that of two names of a folder the real one is taken
+        subdirs[:] = sorted((o for o in subdirs if not o.startswith('.')), key=lambda o: os.path.islink(os.path.join(d, o)))
         found += [os.path.join(d, n) for n in names if _is_image(d, n)]
     if not found: raise ValueError(f"there are no images in {str(folder)!r} (endings: {' '.join(sorted(image_suffixes))})")
     return [Path(f) for f in sorted(found, key=natural_key)]

@@ -51,7 +51,7 @@ def _checked(
     if kind is tuple: return tuple(map(float, v)) if isinstance(v, (tuple, list)) else float(v)
     return v
 
-# %% ../nbs/150_recipe.ipynb #39a89546
+# %% ../nbs/150_recipe.ipynb #04c7a9a8
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "Every choice of a training run."
@@ -96,7 +96,7 @@ class Recipe:
     memory_format:str = _f('auto', str, 'Machine', "auto times both on the first batch and keeps the faster",
                            choices=('auto', 'contiguous', 'channels-last'))
     compile:bool = _f(False, bool, 'Machine', "compile the network with torch.compile; pays on long runs, mostly on GPUs")
-    precision:str = _f('fp32', str, 'Machine', "fp32, bf16 or fp16 arithmetic", choices=('fp32', 'bf16', 'fp16'))
+    precision:str = _f('fp32', str, 'Machine', "fp32, or on a GPU bf16 or fp16 arithmetic", choices=('fp32', 'bf16', 'fp16'))
     seed:int = _f(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
     def __post_init__(self):

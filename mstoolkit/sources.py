@@ -63,7 +63,7 @@ def _files_or_none(folder: Path) -> list[Path]:
     try: return image_files(folder)
     except ValueError: return []
 
-# %% ../nbs/078_sources.ipynb #c82deb61
+# %% ../nbs/078_sources.ipynb #428b066e
 def split_folders(
     path: str|Path, # holds the training folder and, if you like, the validation folder
     train: str = 'train', # the training folder; where there is none, `path` itself is that folder
@@ -73,13 +73,13 @@ def split_folders(
     path = Path(path)
     names = () if valid is None else _valid_names if valid in _valid_names else (valid,)
     found = next((n for n in names if (path/n).is_dir()), None)
-    if names and names is not _valid_names and not found: raise FileNotFoundError(f"there is no validation folder {str(path/valid)!r}")
+    if names and names is not _valid_names and not found: raise FileNotFoundError(f"there is no validation folder or list {str(path/valid)!r}")
     if (path/train).is_dir(): root, skip = path/train, ()
-    elif train != 'train' or found: raise FileNotFoundError(f"there is no training folder {str(path/train)!r}")
+    elif train != 'train' or found: raise FileNotFoundError(f"there is no training folder or list {str(path/train)!r}")
     else: root, skip = path, (*_valid_names, 'test')
     return folder_samples(root, skip), _valid_samples(path/found, root) if found else []
 
-# %% ../nbs/078_sources.ipynb #e7aa2dba
+# %% ../nbs/078_sources.ipynb #9ce49c86
 def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     "Any of the forms of a table, all cells as text."
     if isinstance(table, pd.DataFrame): return table
@@ -87,7 +87,9 @@ def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     if not table.is_file(): raise FileNotFoundError(f"there is no table {str(table)!r}")
     try:
         if table.suffix == '.parquet': return pd.read_parquet(table)
-        return pd.read_csv(table, dtype=str, keep_default_na=False, na_values=[''], sep='\t' if table.suffix == '.tsv' else ',')
+        with table.open(encoding='utf-8-sig') as f: head = f.readline()
+        sep = '\t' if table.suffix == '.tsv' else ';' if ';' in head and ',' not in head else ','  # spreadsheets of half the world write semicolons
+        return pd.read_csv(table, dtype=str, keep_default_na=False, na_values=[''], sep=sep)
     except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
     except (ValueError, OSError) as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
 
@@ -138,7 +140,10 @@ def list_samples(
     _check_files(samples, str(file))
     return samples
 
-# %% ../nbs/078_sources.ipynb #be76c61f
+# %% ../nbs/078_sources.ipynb #79e4457f
+def _list_file(path: Path, name: str) -> Path|None: # in the data folder, or here
+    return next((o for o in (path/name, Path(name)) if o.is_file()), None)
+
 def source_samples(
     path: str|Path, # the data folder
     train: str = 'train', # its training folder, or its list file
@@ -149,13 +154,16 @@ def source_samples(
     "The samples of a data folder, whichever way it names them; no image may be in both lists."
     path = Path(path)
     if csv is not None:
+        if train != 'train': raise ValueError(f"train={train!r} names a folder or list, and csv a table: give one of them")
         if valid not in ('val', None): raise ValueError(f"valid={valid!r} names a folder or list, and csv a table: mark the rows in a column 'split'")
         tr, va = table_samples(csv, path, group=group)
     elif group: raise ValueError(f"group={group!r} is a column of a table: give csv too")
-    elif not (path/train).is_file(): return split_folders(path, train, valid)
+    elif not (file := _list_file(path, train)): return split_folders(path, train, valid)
     else:
         if valid == 'val': valid = next((n for n in ('val.txt', 'valid.txt', 'validation.txt') if (path/n).is_file()), None)
-        tr, va = list_samples(path/train, path), list_samples(path/valid, path) if valid else []
+        valid_file = valid and _list_file(path, valid)
+        if valid and not valid_file: raise FileNotFoundError(f"there is no list {valid!r} in {str(path)!r}, to go with {train!r}")
+        tr, va = list_samples(file, path), list_samples(valid_file, path) if valid else []
     if both := {s.path for s in tr} & {s.path for s in va}:
         raise ValueError(f"{len(both)} images are in training and in validation, {str(min(both))!r} for one: validation would flatter")
     return tr, va

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 __all__ = ['optimizers', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'environment', 'free_run_folder', 'StopOnNaN',
            'KeepModel', 'train', 'resume_run']
 
-# %% ../nbs/170_train.ipynb #37648670
+# %% ../nbs/170_train.ipynb #d5c02dbd
 import contextlib
 import hashlib
 import itertools
@@ -130,7 +130,7 @@ def _digest(dls: DataLoaders) -> str:
         lines += ['', *(f'{Path(os.path.relpath(os.path.abspath(s.path), root)).as_posix()}\t{s.label}' for s in ds.items)]
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
-# %% ../nbs/170_train.ipynb #33b30cc0
+# %% ../nbs/170_train.ipynb #cba5c436
 def environment(
     dls: DataLoaders, # what the run trains on
     data: str|Path, # where it came from
@@ -162,16 +162,17 @@ def _need_space(folder: Path, learn: Learner):
     if free < need:
         raise OSError(f"{str(folder)!r} has {free/1e6:.0f} MB free and this run needs {need/1e6:.0f} MB: make room or choose another --out")
 
-# %% ../nbs/170_train.ipynb #a83f2a46
+# %% ../nbs/170_train.ipynb #69ed58c4
 def _quick_check(dls: DataLoaders, data: str|Path):
-    "Look at every file's header and at the class counts; print what deserves a look, and stop where training would fail."
+    "Look at every file's header, at class counts and twins; print what deserves a look, and stop where training would fail."
     report = check_samples(dls.train_ds.items, dls.valid_ds.items, data)
-    dls.warned = [f.text for f in report.findings if f.level == 'warning']
+    bad = [f for f in report.findings if f.kind.startswith('unreadable')]
+    grave = [f for f in report.findings if f.level != 'note' and f not in bad]
+    dls.warned = [f.text + (f', such as {f.files[0][0]}' if f.files else '') for f in grave]
     for text in dls.warned: print(f'warning: {text}')
-    bad = [f for f in report.findings if f.level == 'error']
     if bad:
-        example = f"; the first: {': '.join(bad[0].files[0])}" if bad[0].files else ''
-        raise ValueError(f"{bad[0].text}{example}. `mstoolkit check {data}` lists all; on_bad='skip' (--on-bad skip) leaves them out")
+        raise ValueError(f"{bad[0].text}; the first: {': '.join(bad[0].files[0])}. "
+                         f"`mstoolkit check {data}` lists all; on_bad='skip' (--on-bad skip) leaves them out")
 
 # %% ../nbs/170_train.ipynb #cc374876
 class StopOnNaN(Callback):

@@ -54,7 +54,9 @@ def test_check(image_folder, tmp_path, capsys):
     shutil.copy(image_folder/'train'/'2'/'0.png', image_folder/'val'/'2'/'leak.png')
     assert main(['check', str(image_folder), '--json']) == 1
     assert 'leak (exact)' in [f['kind'] for f in json.loads(capsys.readouterr().out)['findings']]
-    assert main(['check', str(image_folder), '--fast']) == 0  # no search for duplicates
+    assert main(['check', str(image_folder), '--fast']) == 1  # the same to the byte
+    assert main(['check', str(image_folder), '--train', 'no.txt']) == 2
+    assert main(['check', str(image_folder/'train'/'2'/'0.png')]) == 2
     assert main(['check', str(image_folder), '--html', str(page)]) == 2  # never overwritten
 
 
@@ -65,6 +67,12 @@ def test_train_looks_at_the_headers_first(image_folder, tiny_options, tmp_path, 
     assert len(err.splitlines()) == 1 and '0.png' in err and 'mstoolkit check' in err and not out and not (tmp_path/'run').exists()
     assert main(['train', str(image_folder), '--out', str(tmp_path/'run'), *tiny_options, '--on-bad', 'skip']) == 0
     assert '0.png' in (tmp_path/'run'/'left_out.txt').read_text()
+
+
+def test_train_warns_of_leaks(image_folder, tiny_options, tmp_path, capsys):
+    shutil.copy(image_folder/'train'/'2'/'0.png', image_folder/'val'/'2'/'leak.png')
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'run'), *tiny_options]) == 0
+    assert 'warning: the same file in more than one split, 1 time' in capsys.readouterr().out
 
 
 def test_train_from_lists_and_folds(image_folder, tiny_options, tmp_path, capsys):
@@ -138,6 +146,8 @@ def no_folder(d): d.rename(d.with_name('gone'))
     (['--cutmix-alpha', '1,x'], 'neither a number nor a range', None),
     (['--valid', 'vall'], 'vall', None),
     (['--group', 'patient'], 'give csv too', None),
+    (['--fold', '1'], 'give folds too', None),
+    (['--csv', 't.csv', '--train', 'train.txt'], 'give one of them', None),
     (['--out', '/proc/run'], '/proc/run', None),
 ])
 def test_a_mistake_is_one_line_and_leaves_nothing(options, says, spoil, image_folder, tiny_options, tmp_path, capsys, monkeypatch):

@@ -124,6 +124,10 @@ def test_listing_a_linked_folder(tmp_path):
     (tmp_path/'data').mkdir()
     (tmp_path/'data'/'link').symlink_to(tmp_path/'real', target_is_directory=True)
     assert [f.name for f in image_files(tmp_path/'data')] == ['a.png']
+    (tmp_path/'data'/'z').mkdir()
+    (tmp_path/'data'/'z'/'b.png').write_bytes(b'x')
+    (tmp_path/'data'/'alias').symlink_to('z', target_is_directory=True)
+    assert [f.relative_to(tmp_path/'data').as_posix() for f in image_files(tmp_path/'data')] == ['link/a.png', 'z/b.png']  # the real name of two
 
 
 def test_the_whole_corpus_lists(tmp_path):

@@ -77,8 +77,9 @@ def test_files_of_other_kinds(tmp_path):
     with pytest.raises(ValueError, match='pickled numpy.*could run code'): read_report_checkpoint(f)
     torch.save(report_model('resnest14d', 'pyramid', 5), f)
     with pytest.raises(ValueError, match='MultiScaleResNeSt besides tensors'): read_report_checkpoint(f)
-    f.write_bytes(b'')
-    with pytest.raises(ValueError, match='w.pt'): read_report_checkpoint(f)
+    for junk in (b'', b'junk\n', b'no weights at all', bytes(99)):
+        f.write_bytes(junk)
+        with pytest.raises(ValueError, match='w.pt'): read_report_checkpoint(f)
     with pytest.raises(FileNotFoundError, match='no weights file'): read_report_checkpoint(tmp_path/'none.pt')
 
 

@@ -92,8 +92,8 @@ def test_own_folder_names(tmp_path):
     touch(tmp_path, 'training/a/1.jpg', 'training/b/1.jpg', 'test/a/2.jpg')
     train, valid = split_folders(tmp_path, 'training', 'test')
     assert (labels(train), labels(valid)) == (['a', 'b'], ['a'])
-    with pytest.raises(FileNotFoundError, match="no validation folder '.*held'"): split_folders(tmp_path, 'training', 'held')
-    with pytest.raises(FileNotFoundError, match="no training folder '.*tra'"): split_folders(tmp_path, 'tra')
+    with pytest.raises(FileNotFoundError, match="no validation folder or list '.*held'"): split_folders(tmp_path, 'training', 'held')
+    with pytest.raises(FileNotFoundError, match="no training folder or list '.*tra'"): split_folders(tmp_path, 'tra')
 
 
 def test_no_train_folder_means_the_folder_itself(tmp_path):
@@ -145,15 +145,17 @@ def test_tables(tmp_path):
                        'split': ['train', 'train', 'valid']})
     df.to_csv(tmp_path/'t.csv', index=False)
     df.to_csv(tmp_path/'t.tsv', index=False, sep='\t')
-    for t in (df, tmp_path/'t.csv', tmp_path/'t.tsv', str(tmp_path/'t.csv')):
+    df.to_csv(tmp_path/'semicolons.csv', index=False, sep=';')
+    for t in (df, tmp_path/'t.csv', tmp_path/'t.tsv', str(tmp_path/'t.csv'), tmp_path/'semicolons.csv'):
         train, valid = table_samples(t, tmp_path, group='who')
         assert (labels(train), labels(valid), [s.group for s in train]) == (['1', '2'], ['1'], ['x', 'y'])
     for broken, why in [(df.drop(columns='path'), "no column 'path'; it has"),
                         (df.assign(split='trian'), "unknown split 'trian'; did you mean 'train'"),
                         (df.assign(label=[1, None, 2]), '1 rows of the table have no path or no label'),
-                        (df.assign(split='test'), 'no training rows')]:
+                        (df.assign(path='i/a.jpg'), "two labels, '1' and '2'"), (df.assign(split='test'), 'no training rows')]:
         with pytest.raises(ValueError, match=why): table_samples(broken, tmp_path)
-    with pytest.raises(FileNotFoundError, match='3 files of the table are not there; the first'): table_samples(df.assign(path='i/x.jpg'), tmp_path)
+    with pytest.raises(FileNotFoundError, match='3 files of the table are not there; the first'):
+        table_samples(df.assign(path='i/x.jpg', label=1), tmp_path)
     with pytest.raises(FileNotFoundError, match='there is no table'): table_samples(tmp_path/'x.csv', tmp_path)
     (tmp_path/'bin.csv').write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match='cannot be read as a table|has no column'): table_samples(tmp_path/'bin.csv', tmp_path)

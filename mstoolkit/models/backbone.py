@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.backbone.html.md"""
 # %% auto #0
 __all__ = ['check_name', 'canonical_key', 'read_weights', 'pick_stages', 'TimmStages', 'check_size']
 
-# %% ../../nbs/030_models.backbone.ipynb #b8f2a10d
+# %% ../../nbs/030_models.backbone.ipynb #028d1b89
 import pickle
 import queue
 import re
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Format
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, split_model_name_tag
@@ -95,7 +94,7 @@ def canonical_key(
     while p := next((w for w in _wrappers if key.startswith(w)), None): key = key[len(p):]
     return key
 
-# %% ../../nbs/030_models.backbone.ipynb #8cb4af2d
+# %% ../../nbs/030_models.backbone.ipynb #d5904b5b
 def _why(e: Exception) -> str: return str(e).partition('\n')[0] or type(e).__name__ # the first line of an error's text
 
 def read_weights(
@@ -111,7 +110,7 @@ def read_weights(
             objects = ', '.join(dict.fromkeys(re.findall(r'GLOBAL (\S+)', str(e)))) or 'objects'
             why = f'it holds pickled {objects} besides tensors, and loading those could run code'
         raise ValueError(f"{str(path)!r} is not a file of weights alone ({why}); save it again with torch.save(model.state_dict(), ...)") from e
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
+    except Exception as e:  # what torch raises for a file that is none of its own has no end: KeyError, RuntimeError, EOFError …
         raise ValueError(f"{str(path)!r} is not a readable .safetensors, .pt or .pth file: {_why(e)}") from e
     for k in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # as timm's and other training scripts nest it
         if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]; break
