@@ -121,8 +121,9 @@ def single(folder, rounds, limit):
     return table(rates, 'decoding alone') + '\n\n' + '; '.join(f'ours, float batch ÷ {n}: {r:.2f}' for n, r in more.items()) + '.'
 
 
-def with_workers(folder, rounds, limit):
+def with_workers(tmp, rounds, limit):
     "One worker process beside two; starting them is counted."
+    folder = generated(tmp/'many', limit+32)
     dls = {n: ours(folder, num_workers=n) for n in (1, 2)}
     return table(contest({f'{n} worker{"s"*(n > 1)}': lambda dl=dl: dl for n, dl in dls.items()}, rounds, limit), '1 worker')
 
@@ -151,7 +152,7 @@ def main():
         folder = generated(tmp/'images', args.limit+64)
         parts = {'Generated JPEGs of 500 × 375': single(folder, args.rounds, args.limit)}
         if args.photos: parts['Photographs'] = single(args.photos, args.rounds, args.limit)
-        parts['Worker processes, generated JPEGs, float batch'] = with_workers(folder, args.rounds, 4*args.limit)
+        parts['Worker processes, generated JPEGs, float batch'] = with_workers(tmp, args.rounds, 8*args.limit)
         parts['The presized cache, generated JPEGs of 1,000 × 750, float batch'] = with_cache(tmp, args.rounds, args.limit)
     finally: shutil.rmtree(tmp)
     command = 'python benchmarks/input.py' + ' --photos FOLDER'*bool(args.photos)

@@ -112,7 +112,7 @@ def draw(costs, title):
     ax.barh(names, loss, left=mix, color='#E69F00', label='loss, beyond the plain one')
     for i, k in enumerate(names): ax.text(sum(costs[k]), i, f' {sum(costs[k]):.2f}', va='center')
     ax.set(xlabel='ms per mixed batch', title=title, xlim=(0, 1.15*max(map(sum, costs.values()))))
-    ax.legend(fontsize='small', loc='lower right')
+    ax.legend(fontsize='small', loc='upper right')
     return fig
 
 
