@@ -8,7 +8,6 @@ over the mean of all others (`scale_shares`), averaged over the validation image
 of it where the small letters decide. Five minutes on two CPU cores.
 """
 import argparse
-import platform
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from machine import machine
 from mstoolkit.attribution import scale_shares
 from mstoolkit.core import write_text
 from mstoolkit.datasets import make_navon
@@ -55,7 +55,7 @@ def report(df):
 
     python benchmarks/attribution.py
 
-{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads of a CPU of type {platform.machine()}, torch {torch.__version__.split('+')[0]}.
+{time.strftime('%Y-%m-%d')}, {machine()}, torch {torch.__version__.split('+')[0]}.
 `test_resnet` from scratch on 6,000 navon figures of 64 px, {epochs['local']} epochs where the class is the small letter (`local`), {epochs['global']} where it is
 the large one (`global`); shares over 1,000 validation images, of the lead of the right class over the mean of all others.
 

@@ -115,7 +115,7 @@ def correct_cells(
             raise ValueError(f"{k} was validated on other images than {next(iter(columns))}: a comparison needs the same validation images")
     return {k: np.stack([r.to_numpy() for r in runs]) for k, runs in columns.items()}
 
-# %% ../nbs/190_report.ipynb #be9e550d
+# %% ../nbs/190_report.ipynb #1623bece
 def run_warnings(
     run: Run # a finished run
 ) -> list[str]: # in words, each with what to do
@@ -132,7 +132,7 @@ def run_warnings(
     ece = calibration_error(run.preds)
     if ece > .05:
         sure = run.preds.confidence.mean()
-        out.append(f"Confidence is too {'high' if sure > run.accuracy else 'low'}: {sure:.0%} on average, and right {run.accuracy:.0%} of the time.")
+        out.append(f"Confidence is too {'high' if sure > run.accuracy else 'low'}: {sure:.1%} on average, and right {run.accuracy:.1%} of the time.")
     if 'data_wait' in h and len(h) > 1 and h.data_wait[1:].mean() > .15:
         out.append(f"{h.data_wait[1:].mean():.0%} of the training time went into waiting for data: more workers or smaller images would speed it up.")
     if run.left_out: out.append(f"{len(run.left_out):,} images could not be read and were left out: {_some(run.left_out, 3)}.")
