@@ -1,7 +1,9 @@
 "The notebooks and the library agree, the metadata agrees, and what is built can be installed and imported."
 import configparser
 import filecmp
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,3 +87,10 @@ def test_wheel_works_outside_the_tree(wheel, tmp_path):
     code = 'import mstoolkit.all, mstoolkit; print(mstoolkit.__file__)'
     assert run(sys.executable, '-c', code, cwd=tmp_path, env=env).stdout.strip() == str(tmp_path/'site'/'mstoolkit'/'__init__.py')
     assert 'train' in run(sys.executable, '-m', 'mstoolkit', '--help', cwd=tmp_path, env=env).stdout
+
+
+@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_outputs_name_no_machine(notebook):
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    outputs = json.dumps([c['outputs'] for c in cells if c['cell_type'] == 'code'])
+    assert not re.findall(r'site-packages|/tmp/|/home/|/root/', outputs)
