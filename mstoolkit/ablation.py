@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ablation.html.md"""
 __all__ = ['studies', 'Study', 'grid', 'load_study', 'Job', 'study_jobs', 'run_job', 'run_study', 'study_runs', 'study_table',
            'plot_study', 'format_table']
 
-# %% ../nbs/200_ablation.ipynb #83f4587c
+# %% ../nbs/200_ablation.ipynb #8c4c1770
 import itertools
 import json
 import os
@@ -29,7 +29,7 @@ from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
 from .core import check_new, choice, write_text
-from .recipe import Recipe, load_recipe, recipe_from_dict, recipe_to_toml, recipes, tomllib
+from .recipe import Recipe, load_recipe, read_toml, recipe_from_dict, recipe_to_toml, recipes, tomllib
 from .report import Run, correct_cells, finished_runs, plot_cells
 from .stats import verdicts
 from .train import recipe_dls, recipe_learner, resume_run, train
@@ -69,16 +69,13 @@ studies = {s.name: s for s in (
     Study('backbones', {n.removeprefix('mix-'): dict(backbone=r.backbone) for n, r in recipes.items() if n.startswith('mix-')},
           "Report B: backbones"))}
 
-# %% ../nbs/200_ablation.ipynb #62ea4146
+# %% ../nbs/200_ablation.ipynb #bdc64016
 def load_study(
     source: str|Path # the name of a study in `studies`, or a TOML file with [cells.NAME] tables or one [grid] table
 ) -> Study:
     "Load a named study or a study file."
     if str(source) in studies: return studies[str(source)]
-    if Path(source).suffix != '.toml': choice(str(source), studies, 'study')
-    if not Path(source).is_file(): raise FileNotFoundError(f"there is no study file {str(source)!r}")
-    try: d = tomllib.loads(Path(source).read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"study file {str(source)!r} is not TOML: {e}") from e
+    d = read_toml(source, 'study', studies)
     for k in d: choice(k, ['name', 'about', 'cells', 'grid'], 'key of a study file:')
     if ('cells' in d) == ('grid' in d): raise ValueError(f"study file {str(source)!r} needs either [cells.NAME] tables or a [grid] table")
     return Study(d.get('name', Path(source).stem), d.get('cells') or grid(**d['grid']), d.get('about', ''))

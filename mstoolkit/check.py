@@ -25,7 +25,7 @@ from .core import natural_key, track
 from .image import ImageError, decode_image, image_files, image_header, image_suffixes, read_image
 from .sources import Sample, source_samples
 
-# %% ../nbs/085_check.ipynb #5050df62
+# %% ../nbs/085_check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
 class Entry:
     "A file, where it stands, and what reading it told."
@@ -35,7 +35,6 @@ class Entry:
     format: str = '' # as Pillow names it
     width: int = 0 # in pixels
     height: int = 0
-    bytes: int = 0 # in the file
     digest: str = '' # of the file's bytes
     look: tuple = () # (64-bit difference hash, 16Ã—16 grey thumbnail as bytes)
     kind: str = '' # what is wrong, a key of `bad_kinds`; '' when it can be read
@@ -67,7 +66,9 @@ def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split â†
 def _sample_entries(train: list[Sample], valid: list[Sample]) -> list[Entry]:
     return [Entry(s.path, split, s.label) for split, o in (('train', train), ('valid', valid)) for s in o]
 
-# %% ../nbs/085_check.ipynb #5908575b
+# %% ../nbs/085_check.ipynb #8e1f2a6b
+def _digest(data: bytes) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
+
 def _look(im: np.ndarray) -> tuple: # difference hash as an int, thumbnail as bytes
     grey = cv2.cvtColor(im, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
@@ -84,10 +85,9 @@ def _inspect(e: Entry, fast: bool) -> Entry:
         if not os.path.isfile(e.path): raise ImageError(_not_there(e.path), 'missing')
         with open(e.path, 'rb') as f: data = f.read(1 << 16 if fast else -1)
         h = image_header(data)
-        if fast: return Entry(**known, format=h.format, width=h.width, height=h.height, bytes=os.path.getsize(e.path))
+        if fast: return Entry(**known, format=h.format, width=h.width, height=h.height, digest=_digest(f'{os.path.getsize(e.path)} '.encode()+data))
         im = decode_image(data, 64)
-        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        return Entry(**known, format=h.format, width=h.width, height=h.height, digest=digest, look=_look(im))
+        return Entry(**known, format=h.format, width=h.width, height=h.height, digest=_digest(data), look=_look(im))
     except ImageError as err: return Entry(**known, kind=err.kind, why=str(err))
     except Exception as err: # a header that ends beyond the part that was read, a lost network drive
         return Entry(**known) if fast and os.path.getsize(e.path) > 1 << 16 else Entry(**known, kind='damaged', why=str(err).split(' <_io')[0])
@@ -146,7 +146,7 @@ def _class_findings(entries: list[Entry], empty: dict):
         (most, n), (least, m) = has['train'].most_common()[0], has['train'].most_common()[-1]
         if n > 5*m: yield Finding('warning', 'imbalance', f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'")
 
-# %% ../nbs/085_check.ipynb #6783b144
+# %% ../nbs/085_check.ipynb #61f1da5a
 def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> list[tuple[int, int]]:
     "Pairs of images that look the same: hashes within `max_bits`, thumbnails within `max_grey` levels on average. Flat pictures do not count."
     hashes = np.array([h for h, _ in looks], dtype=np.uint64)
@@ -165,10 +165,9 @@ def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> 
     return sorted(pairs)
 
 def _digest_alike(entries: list[Entry]) -> list[Entry]:
-    "Digests of the files that are as long as another: the only ones that could be the same."
-    n = Counter(e.bytes for e in entries)
-    digest = lambda e: hashlib.blake2b(e.path.read_bytes(), digest_size=16).hexdigest()
-    return [replace(e, digest=digest(e)) if e.bytes and n[e.bytes] > 1 else e for e in entries]
+    "Read the rest of those files alone that begin as another does and are as long: a set of equally long files is not read whole."
+    n = Counter(e.digest for e in entries)
+    return [replace(e, digest=_digest(e.path.read_bytes()) if e.digest and n[e.digest] > 1 else '') for e in entries]
 
 def _groups(pairs, n: int) -> list[list[int]]:
     "Connected groups of a list of pairs."

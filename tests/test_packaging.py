@@ -93,4 +93,4 @@ def test_wheel_works_outside_the_tree(wheel, tmp_path):
 def test_outputs_name_no_machine(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     outputs = json.dumps([c['outputs'] for c in cells if c['cell_type'] == 'code'])
-    assert not re.findall(r'site-packages|/tmp/|/home/|/root/', outputs)
+    assert not re.findall(r'site-packages|/(tmp|home|root)/', outputs)
