@@ -123,22 +123,28 @@ class RandomErasing(A.ImageOnlyTransform):
         img[y:y+h, x:x+w] = np.clip(noise*255, 0, 255)
         return img
 
-# %% ../nbs/060_augment.ipynb #31909bc3
+# %% ../nbs/060_augment.ipynb #8b25d6b5
+_grey = np.array([.299, .587, .114]) # of red, green and blue, as in torchvision
+
 def _contrast(im: np.ndarray, f: float) -> np.ndarray: # blend with the mean grey
-    return cv2.addWeighted(im, f, im, 0, round(cv2.mean(cv2.cvtColor(im, cv2.COLOR_RGB2GRAY))[0])*(1-f))
+    return cv2.transform(im, np.c_[np.eye(3)*f, np.full(3, round(float(_grey @ cv2.mean(im)[:3]))*(1-f))])
+
+def _saturation(im: np.ndarray, f: float) -> np.ndarray: # blend with each pixel's grey
+    return cv2.transform(im, np.eye(3)*f + _grey*(1-f))
 
 def _hue(im: np.ndarray, by: float) -> np.ndarray: # `by`: share of the colour circle, which OpenCV cuts into 180
-    hsv = cv2.cvtColor(im, cv2.COLOR_RGB2HSV)
-    turn = ((np.arange(256)+round(by*180))%180).astype(np.uint8)
-    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), turn), hsv, 0)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv)
+    turn = round(by*180)
+    if abs(turn) > 255-179: return _hue(_hue(im, by/2), by/2) # OpenCV's hues wrap at 180, but a byte's sum ends at 255
+    to, back = (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB) if turn > 0 else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR) # red for blue turns the circle over
+    hsv = cv2.cvtColor(im, to)
+    return cv2.cvtColor(cv2.add(hsv, (abs(turn), 0, 0, 0), dst=hsv), back, dst=hsv)
 
-# %% ../nbs/060_augment.ipynb #ee7d0219
+# %% ../nbs/060_augment.ipynb #f638572b
 class Jitter(A.ColorJitter):
     "Brightness, contrast, saturation and hue in random order, as in torchvision."
     def __init__(self, brightness, contrast, saturation, hue, p=1.):
         super().__init__(brightness, contrast, saturation, hue, p=p)
-        self.transforms[1], self.transforms[3] = _contrast, _hue
+        self.transforms[1:] = _contrast, _saturation, _hue
 
 # %% ../nbs/060_augment.ipynb #04e551fd
 def none_tfms(size: int|tuple) -> A.Compose:

@@ -83,7 +83,7 @@ def test_erased_pixels_are_normal_once_normalised(photo):
     ('brightness', dict(brightness=1.15), lambda x: TF.adjust_brightness(x, 1.15)),
     ('contrast', dict(contrast=.85), lambda x: TF.adjust_contrast(x, .85)),
     ('saturation', dict(saturation=1.2), lambda x: TF.adjust_saturation(x, 1.2)),
-    ('hue', dict(hue=.08), lambda x: TF.adjust_hue(x, .08))])
+    *(('hue', dict(hue=h), lambda x, h=h: TF.adjust_hue(x, h)) for h in (.08, -.08, .41, -.5))])
 def test_jitter_gives_torchvisions_pixels(photo, op, params, ref):
     jit = parts('light')[-1]
     one = jit.apply(photo, **{**dict(brightness=1, contrast=1, saturation=1, hue=0, order=[0, 1, 2, 3]), **params})
