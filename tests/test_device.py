@@ -20,19 +20,19 @@ STEPS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adju
 def col(v): return torch.tensor(v).view(-1, 1, 1, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**31), st.permutations(range(4)),
        st.lists(st.floats(.3, 1.7), min_size=6, max_size=6),
        st.lists(st.floats(-.5, .5), min_size=2, max_size=2))
 def test_jitter_is_torchvisions(seed, order, f, hue):
-    x = torch.rand(2, 3, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))  # near grey, hue is rounding errors
+    x = torch.rand(2, 3, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     x[:, :, 0, 0] = x[:, :1, 0, 0]  # a grey pixel has no hue
     params = [f[:2], f[2:4], f[4:], hue]
     ours = jitter_batch(x*255, *map(col, params), order=tuple(order))/255
     for n in range(2):
         ref = x[n]
         for i in order: ref = STEPS[i](ref, params[i][n])
-        assert (ours[n]-ref).abs().max() < 2e-4  # its tensors have .2989 of red, Pillow and we .299
+        assert (ours[n]-ref).abs().max() < 1e-3  # a quarter of a grey level: its tensors weigh red .2989, we .299, and the factors enlarge that
 
 
 def test_hue_goes_round():
