@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/learner.html.md"""
 # %% auto #0
 __all__ = ['fusion_learner', 'count_params']
 
-# %% ../nbs/130_learner.ipynb #05cfc34a
+# %% ../nbs/130_learner.ipynb #e96640de
 from collections.abc import Callable
 
 import fastai.callback.fp16  # noqa: F401  gives learners to_fp16, to_bf16
@@ -26,8 +26,9 @@ from .callback.progress import RunHistory
 from .data import input_size, set_stats
 from .models.fusion import multiscale_model
 from .models.split import stage_splitter
+from .workers import KeepWorkers
 
-# %% ../nbs/130_learner.ipynb #92901545
+# %% ../nbs/130_learner.ipynb #639d2a78
 def fusion_learner(
     dls: DataLoaders, # from `image_dls`, or any fastai data of images and one category
     backbone: str, # a timm architecture, with or without its pretrained tag
@@ -52,7 +53,7 @@ def fusion_learner(
                              **(head_kw or {}))
     if normalize: set_stats(dls, model[0].mean, model[0].std)
     learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, splitter=stage_splitter, metrics=metrics,
-                    cbs=[RunHistory(), *listify(cbs)], **learner_kw)
+                    cbs=[RunHistory(), KeepWorkers(), *listify(cbs)], **learner_kw)
     if pretrained or weights_file: learn.freeze()
     return learn
 

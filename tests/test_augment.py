@@ -1,5 +1,6 @@
 "The recipes against torchvision: the same parameters, the same pixels for the same draw, independent draws."
 import pickle
+import itertools
 import random
 
 import albumentations as A
@@ -89,6 +90,15 @@ def test_jitter_gives_torchvisions_pixels(photo, op, params, ref):
     one = jit.apply(photo, **{**dict(brightness=1, contrast=1, saturation=1, hue=0, order=[0, 1, 2, 3]), **params})
     err = abs(one.astype(int) - ref(tensor(photo)).permute(1, 2, 0).numpy())
     assert err.mean() < (1.5 if op == 'hue' else 1), err.mean()  # OpenCV keeps the hue of uint8 images in steps of 2 degrees
+
+
+@pytest.mark.parametrize('order', list(itertools.permutations(range(4))))
+def test_jitter_gives_torchvisions_pixels_in_any_order(photo, order):
+    im = photo//2 + 64  # nothing is clipped on the way, which torchvision does after each step and we once for all
+    f = dict(brightness=1.1, contrast=.85, saturation=1.2, hue=-.06)
+    ours, ref = parts('light')[-1].apply(im, **f, order=order), tensor(im)/255  # as floats: of bytes it cuts the decimals off each time
+    for k in (list(f)[i] for i in order): ref = getattr(TF, f'adjust_{k}')(ref, f[k])
+    assert abs(ours - ref.permute(1, 2, 0).numpy()*255).mean() < 1
 
 
 def test_jitter_is_applied_in_random_order(photo):

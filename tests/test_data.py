@@ -1,7 +1,10 @@
 "DataLoaders: agreement with Pillow, determinism, errors, and everything a fastai user does with them."
+import copy
 import multiprocessing
 import os
+import pickle
 import signal
+from contextlib import nullcontext
 from io import BytesIO
 
 import albumentations as A
@@ -12,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback, CancelFitException
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
@@ -20,8 +24,10 @@ from fastai.vision.core import PILImage, TensorImage
 from PIL import Image
 from torch import nn
 
+from mstoolkit.callback.progress import RunHistory
 from mstoolkit.data import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
 from mstoolkit.image import ImageError
+from mstoolkit.workers import KeepWorkers, close_idle_workers
 
 matplotlib.use('Agg')
 COLOURS = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))
@@ -88,6 +94,7 @@ def test_normalisation_round_trip(dls):
     with pytest.raises(ValueError, match='not made by image_dls'): get_stats(type('D', (), {'loaders': []})())
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')  # torch's advice on machines of two processors
 @pytest.mark.parametrize('augment', ['light', 'strong'])
 def test_same_seed_same_batches_whatever_the_workers(folder, augment):
     def epochs(workers, seed=5):
@@ -98,6 +105,41 @@ def test_same_seed_same_batches_whatever_the_workers(folder, augment):
         for a, b in zip(runs[0], run): assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b)) and len(a) == len(b)
     flat = lambda e: torch.cat([x.sum((1, 2, 3)) for x, _ in e]).sort()[0]
     assert not torch.equal(flat(runs[0][0]), flat(runs[0][1])) and not torch.equal(flat(runs[0][0]), flat(epochs(0, 6)[0]))
+
+
+def test_workers_outlive_the_epoch(folder):
+    dls = image_dls(folder, size=16, bs=8, num_workers=2, device='cpu')
+    workers = lambda: [w.pid for w in dls.train._kept[0].loader._iterator._workers]
+    dls.train.keep_workers = True
+    first = len(list(dls.train)), workers()
+    next(iter(dls.train))  # an epoch that is given up
+    assert (len(list(dls.train)), workers()) == first
+    assert len(list(copy.deepcopy(dls.train))) == len(list(pickle.loads(pickle.dumps(dls.train)))) == first[0]
+    dls.train_ds.tls[0].tfms.fs[0].pipe = A.Compose([A.Resize(24, 24)])
+    assert next(iter(dls.train))[0].shape[-1] == 24 and workers() != first[1]  # started anew: they would not know
+    close_idle_workers()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('end', ['all', 'break', 'fit', 'cancelled', 'bad'])
+def test_no_worker_is_left_behind(folder, end):
+    dls = image_dls(folder, size=16, bs=8, num_workers=2, device='cpu')
+    seen = []
+    if end == 'all': list(dls.train)
+    if end == 'break':
+        for _ in dls.train: break
+    if end in ('fit', 'cancelled', 'bad'):
+        def after_batch(learn):
+            seen.append({p.pid for p in multiprocessing.active_children()})
+            if len(seen) == 8 and end == 'cancelled': raise CancelFitException
+            if len(seen) == 8 and end == 'bad': raise KeyError('a mistake in a callback')
+        learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), loss_func=CrossEntropyLossFlat(), cbs=[KeepWorkers(), RunHistory()])
+        with pytest.raises(KeyError) if end == 'bad' else nullcontext(), learn.no_bar(), learn.no_logging():
+            learn.fit(2, cbs=Callback(after_batch=after_batch))
+        assert len(set.union(*seen)) == (4 if len(seen) > 7 else 2)  # two for training, two for validation, whatever the epochs
+        assert bool(multiprocessing.active_children()) == (end == 'bad')  # fastai tells no callback of an exception
+        if end == 'bad': close_idle_workers()  # as the next fit does
+    assert not multiprocessing.active_children()
 
 
 def test_same_batches_wherever_the_folder_lies(folder, tmp_path):
@@ -166,7 +208,7 @@ def spoiled(folder, tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_bad_image_is_named(spoiled, workers):
-    dls = image_dls(spoiled, size=16, num_workers=workers, device='cpu')
+    dls = image_dls(spoiled, size=16, bs=8, num_workers=workers, device='cpu')  # 48 images: no rest that would be dropped unread
     with pytest.raises(ImageError) as e: list(dls.train)
     assert str(e.value).startswith(str(spoiled/'train'/'red'/'3.png')) and '\n' not in str(e.value) and "on_bad='skip'" in str(e.value)
     assert e.value.kind in ('truncated', 'damaged')
