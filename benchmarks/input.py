@@ -30,6 +30,7 @@ from mstoolkit.callback.speed import keep_freed_memory  # noqa: E402
 from mstoolkit.core import write_text  # noqa: E402
 from mstoolkit.data import image_dls  # noqa: E402
 from mstoolkit.image import read_image  # noqa: E402
+from mstoolkit.workers import close_idle_workers  # noqa: E402
 
 SIZE, BS = 224, 32
 
@@ -122,10 +123,13 @@ def single(folder, rounds, limit):
 
 
 def with_workers(tmp, rounds, limit):
-    "One worker process beside two; starting them is counted."
+    "One worker process beside two, kept as in a fit, and two that are started anew for each epoch."
     folder = generated(tmp/'many', limit+32)
-    dls = {n: ours(folder, num_workers=n) for n in (1, 2)}
-    return table(contest({f'{n} worker{"s"*(n > 1)}': lambda dl=dl: dl for n, dl in dls.items()}, rounds, limit), '1 worker')
+    kept = {n: ours(folder, num_workers=n) for n in (1, 2)}
+    for dl in kept.values(): dl.keep_workers = True
+    rates = contest({'1 worker': lambda: kept[1], '2 workers': lambda: kept[2], '2 workers, started anew': lambda: ours(folder, num_workers=2)}, rounds, limit)
+    close_idle_workers()
+    return table(rates, '1 worker')
 
 
 def with_cache(tmp, rounds, limit):

@@ -36,23 +36,30 @@ from .image import ImageError, image_files, pil_rgb, read_image, to_rgb # noqa: 
 from .sources import Sample, class_names, fold_split, source_samples, stratified_split
 from .workers import Workers, prepare_worker
 
-# %% ../nbs/080_data.ipynb #1a095e11
+# %% ../nbs/080_data.ipynb #d9cbeb7f
 def _to_tensor(im: np.ndarray) -> torch.Tensor: # uint8 H×W×3 → 3×H×W
     "Split the channels into planes; OpenCV does it eight times as fast as a transposed copy."
     planes = np.empty((3, *im.shape[:2]), np.uint8)
     cv2.split(im, list(planes))
     return torch.from_numpy(planes)
 
-def _stack(ims: Iterable[np.ndarray], n: int) -> torch.Tensor: # `n` of uint8 H×W×3 → N×3×H×W
+def _stack(
+    ims: Iterable[np.ndarray], # uint8 H×W×3
+    n: int, # so many
+    out: np.ndarray|None = None # memory to use, flat
+) -> torch.Tensor: # uint8 N×3×H×W
     "A batch of images, each split into its place as it comes."
-    out = None
+    x = None
     for k, im in enumerate(ims):
-        if out is None: out = np.empty((n, 3, *im.shape[:2]), np.uint8)
-        if im.shape[:2] != out.shape[2:]:
-            raise ValueError(f"the augmentation gives images of {im.shape[0]} × {im.shape[1]} and of {out.shape[2]} × {out.shape[3]} pixels: a batch "
-                             "needs one size, so end it with a crop or a resize")
-        cv2.split(im, list(out[k]))
-    return torch.from_numpy(out)
+        h, w = im.shape[:2]
+        if x is None:
+            need = n*3*h*w
+            x = (out[:need] if out is not None and len(out) >= need else np.empty(need, np.uint8)).reshape(n, 3, h, w)
+        if (h, w) != x.shape[2:]:
+            raise ValueError(f"the augmentation gives images of {h} × {w} and of {x.shape[2]} × {x.shape[3]} pixels: a batch needs one size, so let "
+                             "it end with a crop or a resize")
+        cv2.split(im, list(x[k]))
+    return torch.from_numpy(x)
 
 def _decode_side(pipe, size: int) -> int: # side in pixels
     "The side at which the smallest crop still covers `size` pixels: what `read_image` may shrink a picture to."
@@ -110,22 +117,27 @@ class NormalizeUint8(DisplayedTransform):
         "Back to 0…1, to be shown."
         return ((x - self.shift.to(x.device))/(255*self.scale.to(x.device))).clamp(0, 1)
 
-# %% ../nbs/080_data.ipynb #7fac4c3c
+# %% ../nbs/080_data.ipynb #77087471
 class ImageDatasets(Datasets):
     "`Datasets` of samples as (uint8 image, class number), which can make a batch without a detour."
     def batch(self,
-        idxs: list[int] # numbers of its images
+        idxs: list[int], # numbers of its images
+        out: np.ndarray|None = None # flat uint8 memory for the images
     ) -> tuple: # uint8 images N×3×H×W and, where there are labels, their class numbers
         "The images of `idxs`, stacked."
         images, *labels = self.tls
         split, samples = images.tfms.split_idx, [images.items[i] for i in idxs]
         tfm = next(t for t in images.tfms.fs if t.split_idx == split)
-        x = TensorImage(_stack((tfm.load(o, i) for o, i in zip(samples, idxs)), len(idxs)))
-        if not labels: return x,
+        x = _stack((tfm.load(o, i) for o, i in zip(samples, idxs)), len(idxs), out)
+        if not labels: return _typed(x)
         number = labels[0].vocab.o2i
-        return x, TensorCategory([number[o.label] for o in samples])
+        return _typed(x, torch.tensor([number[o.label] for o in samples]))
 
-# %% ../nbs/080_data.ipynb #3619d18b
+def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # a `TensorImage` and, where there are labels, a `TensorCategory`
+    "Images and class numbers as fastai's types."
+    return x.as_subclass(TensorImage), *(o.as_subclass(TensorCategory) for o in y)
+
+# %% ../nbs/080_data.ipynb #85501c10
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, can keep its processes, and names the file when an image cannot be read."
     weights = None # of each item, when classes are drawn with other odds than they have
@@ -150,14 +162,14 @@ class ImageDL(TfmdDL):
         if self.weights is None: return super().shuffle_fn(idxs)
         return self.rng.choices(idxs, [self.weights[i] for i in idxs], k=len(idxs))
 
-    def _make_batch(self, idxs):
+    def _make_batch(self, idxs, out=None):
         "A batch; item by item only where transforms of items or of lists of them are to see each."
-        if isinstance(self.dataset, ImageDatasets) and not self.after_item.fs and not self.before_batch.fs: return self.dataset.batch(idxs)
+        if isinstance(self.dataset, ImageDatasets) and not self.after_item.fs and not self.before_batch.fs: return self.dataset.batch(idxs, out)
         return self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
 
     def create_batches(self, samps): return map(self._make_batch, chunked(samps, self.bs, self.drop_last))
 
-    def _do_job(self, seed, idxs): self._set_seed(seed); return self._make_batch(idxs)
+    def _do_job(self, seed, idxs, out=None): self._set_seed(seed); return self._make_batch(idxs, out)
 
     def _workers(self) -> Workers:
         "Processes for this epoch: new ones, or those kept from the last, if what they know still holds."
@@ -167,7 +179,9 @@ class ImageDL(TfmdDL):
             w, old = self._kept
             if not w.closed and list(map(id, old)) == list(map(id, state)): return w
             w.close()
-        w = Workers(self._do_job, self.fake_l.num_workers, pin_memory=self.pin_memory, timeout=self.fake_l.timeout, seed=self._seed)
+        slot_size = 0 if self.pin_memory else 3*self.bs*max((t.size for t in _augments(self)), default=0)**2
+        w = Workers(self._do_job, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory, timeout=self.fake_l.timeout,
+                    seed=self._seed)
         if self.keep_workers: self._kept = w, state
         return w
 
@@ -176,9 +190,12 @@ class ImageDL(TfmdDL):
         self.randomize(); self.before_iter()
         torch.empty((), dtype=torch.int64).random_() # fastai draws once an epoch: the global stream is to be the same with processes and without
         jobs = [(self._seed, o) for o in chunked(self.get_idxs(), self.bs, self.drop_last)]
-        w = self._workers()
+        w, first = self._workers(), next(iter(self.after_batch.fs), None)
+        own = isinstance(first, (NormalizeUint8, DeviceColour)) # which write to other memory than they read: the slot may be used again
         try:
-            for b in w.run(jobs): yield self.after_batch(to_device(tuple(b), self.device, non_blocking=self.pin_memory))
+            for b in w.run(jobs):
+                if type(b[0]) is torch.Tensor: b = _typed(b[0] if own else b[0].clone(), *b[1:])
+                yield self.after_batch(to_device(tuple(b), self.device, non_blocking=self.pin_memory))
         except Exception: w.close(); raise # who knows what state they are in
         finally:
             if not self.keep_workers: w.close()

@@ -7,26 +7,41 @@ Docs: https://mstoolkit.github.io/mstoolkit/workers.html.md"""
 # %% auto #0
 __all__ = ['prepare_worker', 'Workers', 'close_idle_workers', 'KeepWorkers']
 
-# %% ../nbs/076_workers.ipynb #947a0b05
+# %% ../nbs/076_workers.ipynb #76038cd1
 import atexit
+import mmap
 import os
 from collections.abc import Callable, Iterator
 
 import cv2
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastcore.imports import noop
 from .callback.speed import keep_freed_memory
 
-# %% ../nbs/076_workers.ipynb #da059d5c
+# %% ../nbs/076_workers.ipynb #3d93b575
 _open = set() # all `Workers` that are not closed
 
+# %% ../nbs/076_workers.ipynb #5e731dcc
 class _Work(torch.utils.data.Dataset):
     "Looks up a job by doing it: torch's loader hands on whatever its sampler yields."
-    def __init__(self, do): self.do = do
-    def __getitem__(self, job): return self.do(*job)
+    def __init__(self, do, slots): self.do, self.slots = do, slots
+    def __getstate__(self): return self.__dict__ | {'slots': []} # a process that is not forked inherits nothing: it sends its batches
 
-# %% ../nbs/076_workers.ipynb #e9c2417f
+    def __getitem__(self, job):
+        i, args = job
+        if not self.slots: return self.do(*args)
+        out = self.slots[i%len(self.slots)]
+        x, *rest = b = self.do(*args, out=out)
+        return (x.shape, *(t.numpy() for t in rest)) if x.data_ptr() == out.ctypes.data else b # an array is sent, a tensor would be shared
+
+def _shared_slots(n: int, size: int) -> list[np.ndarray]: # size in bytes
+    "Memory that this process and those forked from it share."
+    memory = mmap.mmap(-1, max(n*size, 1))
+    return [np.frombuffer(memory, np.uint8, size, i*size) for i in range(n)]
+
+# %% ../nbs/076_workers.ipynb #1d949e62
 def prepare_worker(
     i: int # its number; torch passes it
 ):
@@ -37,26 +52,34 @@ def prepare_worker(
 class Workers:
     "Processes that work off one list of jobs after another, until they are closed."
     def __init__(self,
-        do: Callable, # makes a batch of tensors from the parts of a job
+        do: Callable, # makes a batch from the parts of a job and `out`, flat uint8 memory for its first tensor, which it may use
         n: int, # processes
         *,
-        pin_memory: bool = False, # hand over batches in memory that a GPU can fetch by itself
+        slot_size: int = 0, # of `out`, in bytes; 0: batches are sent, and `do` gets no `out`
+        pin_memory: bool = False, # hand over batches in memory that a GPU can fetch by itself; for batches that are sent
         timeout: float = 0, # seconds to wait for a batch; 0: for ever
         seed: int = 0 # of the global random streams in the processes, no two of which are alike
     ):
+        ahead = 2 # jobs a process is given in advance
         self.jobs, self.pid, self.busy = [], os.getpid(), False
+        self.slots = _shared_slots(ahead*n + 1, slot_size) if slot_size else [] # for all jobs under way, and the batch that is being read
         self.loader = torch.utils.data.DataLoader(
-            _Work(do), batch_size=None, sampler=self.jobs, collate_fn=noop, generator=torch.Generator().manual_seed(seed),
-            num_workers=n, persistent_workers=True, worker_init_fn=prepare_worker, pin_memory=pin_memory, timeout=timeout)
+            _Work(do, self.slots), batch_size=None, sampler=self.jobs, collate_fn=noop, generator=torch.Generator().manual_seed(seed), num_workers=n,
+            prefetch_factor=ahead, persistent_workers=True, worker_init_fn=prepare_worker, pin_memory=pin_memory, timeout=timeout)
         _open.add(self)
         atexit.register(self.close)
 
     def run(self,
         jobs: list[tuple] # the arguments of `do`, job by job; the next ones are begun before they are asked for
-    ) -> Iterator: # what `do` returns, in the order of `jobs`
+    ) -> Iterator: # what `do` returns, in the order of `jobs`; as bare tensors if the first is in `out`, and then gone when the next is asked for
         "Do the jobs."
-        self.jobs[:], self.busy = jobs, True
-        try: yield from self.loader
+        self.jobs[:], self.busy = enumerate(jobs), True
+        try:
+            for i, b in enumerate(self.loader):
+                if isinstance(b[0], torch.Size):
+                    shape, *rest = b
+                    b = tuple(map(torch.from_numpy, (self.slots[i%len(self.slots)][:shape.numel()].reshape(shape), *rest)))
+                yield b
         finally: self.busy = False
 
     @property

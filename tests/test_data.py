@@ -21,13 +21,14 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.vision.core import PILImage, TensorImage
+from fasttransform import Pipeline, Transform
 from PIL import Image
 from torch import nn
 
 from mstoolkit.callback.progress import RunHistory
 from mstoolkit.data import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
 from mstoolkit.image import ImageError
-from mstoolkit.workers import KeepWorkers, close_idle_workers
+from mstoolkit.workers import KeepWorkers, Workers, close_idle_workers
 
 matplotlib.use('Agg')
 COLOURS = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))
@@ -105,6 +106,37 @@ def test_same_seed_same_batches_whatever_the_workers(folder, augment):
         for a, b in zip(runs[0], run): assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b)) and len(a) == len(b)
     flat = lambda e: torch.cat([x.sum((1, 2, 3)) for x, _ in e]).sort()[0]
     assert not torch.equal(flat(runs[0][0]), flat(runs[0][1])) and not torch.equal(flat(runs[0][0]), flat(epochs(0, 6)[0]))
+
+
+@pytest.mark.parametrize('tfms', [[], [Transform(lambda x: x)], [NormalizeUint8((.5,)*3, (.5,)*3)]], ids=['bytes', 'other', 'floats'])
+def test_batches_stay_what_they_were(folder, tfms):
+    "The memory that workers write to is used again; nobody who keeps a batch may notice."
+    def batches(workers):
+        dl = image_dls(folder, size=16, bs=4, num_workers=workers, device='cpu').train
+        dl.after_batch = Pipeline(tfms)
+        return list(dl)
+    ours, ref = batches(1), batches(0)
+    assert len(ours) == 12 and all(torch.equal(a, b) and type(a) is type(b) for o, r in zip(ours, ref) for a, b in zip(o, r))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_any_size_of_augmented_images(folder, workers):
+    kw = dict(size=16, bs=8, num_workers=workers, device='cpu')
+    assert image_dls(folder, augment=lambda n: A.Compose([A.Resize(2*n, 3*n)]), **kw).one_batch()[0].shape == (8, 3, 32, 48)
+    dls = image_dls(folder, augment=lambda n: A.Compose([A.Resize(2*n, 3*n)]), **kw)  # more than the shared memory was made for
+    assert {x.shape for x, _ in dls.train} == {(8, 3, 32, 48)}
+    dls = image_dls(folder, augment=lambda n: A.Compose([A.Resize(n, n), A.RandomScale(.5, p=.5)]), **kw)
+    with pytest.raises(ValueError, match='needs one size'): list(dls.train)
+
+
+def test_a_batch_travels_where_memory_is_not_inherited(folder):
+    work = Workers(image_dls(folder, size=16, bs=8, num_workers=0, device='cpu').valid._do_job, 1, slot_size=99_999).loader.dataset
+    job = 0, (5, [0, 3])
+    (shape, y), sent = work[job], pickle.loads(pickle.dumps(work))[job]
+    assert shape == (2, 3, 16, 16) and isinstance(y, np.ndarray)
+    x = torch.from_numpy(work.slots[0][:shape.numel()].reshape(shape))
+    assert torch.equal(sent[0], x) and type(sent[0]) is TensorImage and y.tolist() == sent[1].tolist()
+    close_idle_workers()
 
 
 def test_workers_outlive_the_epoch(folder):
