@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/check.html.md"""
 # %% auto #0
 __all__ = ['Entry', 'Finding', 'CheckReport', 'report_text', 'report_html', 'check_data', 'check_samples']
 
-# %% ../nbs/085_check.ipynb #d03012ce
+# %% ../nbs/085_check.ipynb #d29daaa2
 import base64
 import hashlib
 import html
@@ -21,7 +21,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from .core import natural_key, track
+from .core import counted, natural_key, track
 from .image import ImageError, decode_image, image_files, image_header, image_suffixes, read_image
 from .sources import Sample, source_samples
 
@@ -101,38 +101,39 @@ class Finding:
     text: str # one line
     files: list[list[str]] = field(default_factory=list) # the files that it is about, in groups
 
-# %% ../nbs/085_check.ipynb #e96f2d33
+# %% ../nbs/085_check.ipynb #6a0253db
 _suffix_formats = dict(jpg='JPEG', jpeg='JPEG', jpe='JPEG', jfif='JPEG', png='PNG', gif='GIF', bmp='BMP', tif='TIFF', tiff='TIFF', webp='WEBP',
                        avif='AVIF', ppm='PPM', pgm='PPM', jp2='JPEG2000')
-
-def _n(n: int, one: str, many: str = '') -> str: return f"{n:,} {one if n == 1 else many or one+'s'}"
 
 def _file_findings(entries: list[Entry]):
     "Files that cannot be read, or are not what their names say."
     bad = defaultdict(list)
     for e in entries:
         if e.kind: bad[e.kind].append([str(e.path), e.why])
-    for kind, files in bad.items(): yield Finding('error', f'unreadable: {kind}', f"{_n(len(files), 'file')} cannot be read: {kind}", files)
+    for kind, files in bad.items(): yield Finding('error', f'unreadable: {kind}', f"{counted(len(files), 'file')} cannot be read: {kind}", files)
     said = lambda e: _suffix_formats.get(e.path.suffix[1:].lower(), e.format)
     odd = [[str(e.path), f'is {e.format}'] for e in entries if e.format and said(e) != e.format]
-    if odd: yield Finding('note', 'wrong ending', f"{_n(len(odd), 'file')} of another format than the name says (read by content)", odd)
+    if odd: yield Finding('note', 'wrong ending', f"{counted(len(odd), 'file')} of another format than the name says (read by content)", odd)
     thin = [[str(e.path), f'{e.width} × {e.height}'] for e in entries if e.width and max(e.width, e.height) > 8*min(e.width, e.height)]
-    if thin: yield Finding('warning', 'odd shape', f"{_n(len(thin), 'image')} more than eight times as long as wide", thin)
+    if thin: yield Finding('warning', 'odd shape', f"{counted(len(thin), 'image')} more than eight times as long as wide", thin)
 
 def _loose_findings(path: Path):
     "Images that lie beside class folders, in none."
     for folder in (path/'train', path):
         if not folder.is_dir() or not _dirs(folder, ('val', 'valid', 'validation', 'test')): continue
         loose = [[str(o)] for o in sorted(folder.iterdir()) if o.suffix.lower() in image_suffixes and o.is_file()]
-        if loose: yield Finding('warning', 'loose', f"{_n(len(loose), 'image')} in no class folder, beside them: not trained on", loose)
+        if loose: yield Finding('warning', 'loose', f"{counted(len(loose), 'image')} in no class folder, beside them: not trained on", loose)
         return
 
 def _class_findings(entries: list[Entry], empty: dict):
     "Classes that are empty, missing, alone or very uneven."
     has = {s: Counter(e.label for e in entries if e.split == s and e.label) for s in ('train', 'valid', 'test')}
     if not entries: yield Finding('error', 'no images', 'there are no images')
+    elif not has['train'] and not empty.get('train'):
+        n = counted(len(entries), 'image')
+        yield Finding('error', 'no classes', f"{n} and no class: put each class in a folder of its own, or give a table (--csv) or list (--train)")
     elif len(has['train']) < 2:
-        yield Finding('error', 'one class', f"{_n(len(has['train']), 'class', 'classes')} to train on: a classifier needs two or more")
+        yield Finding('error', 'one class', f"{counted(len(has['train']), 'class', 'classes')} to train on: a classifier needs two or more")
     for s, names in empty.items():
         yield Finding('error' if s == 'train' else 'warning', 'empty class', f"class folders of {s} without images: {', '.join(map(repr, names))}")
     for s in ('valid', 'test'):
@@ -141,12 +142,12 @@ def _class_findings(entries: list[Entry], empty: dict):
             yield Finding('error', 'unknown class', f"classes of {s} that are not in train: {', '.join(map(repr, new))}")
         if gone := sorted(set(has['train'])-set(has[s]), key=natural_key):
             names = ', '.join(map(repr, gone[:10])) + ' …'*(len(gone) > 10)
-            yield Finding('warning', 'missing class', f"{_n(len(gone), 'class', 'classes')} of train not in {s}: {names}")
+            yield Finding('warning', 'missing class', f"{counted(len(gone), 'class', 'classes')} of train not in {s}: {names}")
     if len(has['train']) > 1:
         (most, n), (least, m) = has['train'].most_common()[0], has['train'].most_common()[-1]
         if n > 5*m: yield Finding('warning', 'imbalance', f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'")
 
-# %% ../nbs/085_check.ipynb #61f1da5a
+# %% ../nbs/085_check.ipynb #27df7eae
 def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> list[tuple[int, int]]:
     "Pairs of images that look the same: hashes within `max_bits`, thumbnails within `max_grey` levels on average. Flat pictures do not count."
     hashes = np.array([h for h, _ in looks], dtype=np.uint64)
@@ -191,13 +192,14 @@ def _twin_findings(entries: list[Entry]):
     for name, groups in (('exact', exact), ('near', near)):
         what = 'the same file' if name == 'exact' else 'the same picture'
         level = 'error' if name == 'exact' else 'warning'
-        show = lambda gs: [[f'{ok[i].path}' for i in g] for g in gs]
+        found = lambda level, kind, where, gs, so='': Finding(level, f'{kind} ({name})', f"{what} {where}, {counted(len(gs), 'time')}{so}",
+                                                              [[str(ok[i].path) for i in g] for g in gs])
         leaks = [g for g in groups if len({ok[i].split for i in g}) > 1]
-        if leaks: yield Finding(level, f'leak ({name})', f"{what} in more than one split, {_n(len(leaks), 'time')}: validation flatters", show(leaks))
+        if leaks: yield found(level, 'leak', 'in more than one split', leaks, ': validation flatters')
         clash = [g for g in groups if len({ok[i].label for i in g if ok[i].label}) > 1]
-        if clash: yield Finding(level, f'label conflict ({name})', f"{what} under different labels, {_n(len(clash), 'time')}", show(clash))
+        if clash: yield found(level, 'label conflict', 'under different labels', clash)
         rest = [g for g in groups if g not in leaks and g not in clash]
-        if rest: yield Finding('note', f'duplicates ({name})', f"{what} more than once within a class and split, {_n(len(rest), 'time')}", show(rest))
+        if rest: yield found('note', 'duplicates', 'more than once within a class and split', rest)
 
 # %% ../nbs/085_check.ipynb #d48a6d25
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def _bar(n: int, most: int, width: int = 40) -> str: return '█'*max(1, round(w
 
 def _show_file(group: list[str]) -> str: return '  '.join(json.dumps(o, ensure_ascii=False)[1:-1] if '\n' in o else o for o in group)
 
-# %% ../nbs/085_check.ipynb #66cde677
+# %% ../nbs/085_check.ipynb #fe25141f
 def report_text(
     r: CheckReport,
     *,
@@ -230,7 +232,7 @@ def report_text(
 ) -> str:
     "The report for a terminal."
     total = {s: sum(c.values()) for s, c in r.counts.items() if c}
-    lines = [f"{r.path}: " + ', '.join(f"{_n(n, 'image')} in {s}" for s, n in total.items()), '']
+    lines = [f"{r.path}: " + ', '.join(f"{counted(n, 'image')} in {s}" for s, n in total.items()), '']
     train = r.counts.get('train', {})
     for c in list(train)[:max_classes]: lines.append(f'{c[:24]:<24} {train[c]:>7,}  {_bar(train[c], max(train.values()))}')
     if len(train) > max_classes: lines.append(f'… and {len(train)-max_classes} more classes')
@@ -240,7 +242,7 @@ def report_text(
         lines += ['', f'{f.level.upper()}  {f.text}'] + [f'    {_show_file(g)}' for g in f.files[:max_files]]
         if len(f.files) > max_files: lines.append(f'    … and {len(f.files)-max_files} more (--json lists all)')
     errors = sum(f.level == 'error' for f in r.findings)
-    end = f"{_n(errors, 'error')}: mend {'it' if errors == 1 else 'them'} before training" if errors else 'nothing here would hurt training'
+    end = f"{counted(errors, 'error')}: mend {'it' if errors == 1 else 'them'} before training" if errors else 'nothing here would hurt training'
     return '\n'.join(lines + ['', end])
 
 # %% ../nbs/085_check.ipynb #93d004c0
@@ -263,7 +265,7 @@ td{padding:.1rem .6rem .1rem 0;vertical-align:middle}td.n{text-align:right;font-
 ul{padding:0;list-style:none}li{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;border-top:1px solid #ddd;padding:.4rem 0}
 figure{margin:0;max-width:100%}figcaption{font-size:.8rem;overflow-wrap:anywhere}'''
 
-# %% ../nbs/085_check.ipynb #5950ab54
+# %% ../nbs/085_check.ipynb #e699e992
 def report_html(
     r: CheckReport,
     *,
@@ -278,7 +280,7 @@ def report_html(
     found = ''.join(f'<section class="{f.level}"><h2>{f.level.capitalize()}: {html.escape(f.text)}</h2><ul>' +
                     ''.join(_group_html(f, g) for g in f.files[:max_files]) +
                     (f'<li>… and {len(f.files)-max_files:,} more</li>' if len(f.files) > max_files else '') + '</ul></section>' for f in r.findings)
-    total = ', '.join(f"{_n(sum(c.values()), 'image')} in {s}" for s, c in r.counts.items() if c)
+    total = ', '.join(f"{counted(sum(c.values()), 'image')} in {s}" for s, c in r.counts.items() if c)
     sizes = ', '.join(f'{k} {v}' for k, v in r.sizes.items())
     body = (f'<h1>{html.escape(Path(r.path).name)}</h1><p>{total}. {sizes}.</p>{found or "<p>Nothing to mend.</p>"}'
             f'<h2>Training images by class</h2><table>{rows}</table>')
@@ -295,7 +297,7 @@ def _counts(entries: list[Entry]) -> dict:
     n = {s: Counter(e.label for e in entries if e.split == s) for s in ('train', 'valid', 'test')}
     return {s: {k: c[k] for k in sorted(c, key=natural_key)} for s, c in n.items()}
 
-# %% ../nbs/085_check.ipynb #4d496152
+# %% ../nbs/085_check.ipynb #c1988f15
 def check_data(
     path: str|Path, # the data folder, as for `image_dls`; also what a table's relative paths are relative to
     *,
@@ -308,7 +310,7 @@ def check_data(
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
     listed = csv is not None or train != 'train'
-    entries, empty = (_sample_entries(*source_samples(path, train, valid, csv)), {}) if listed else _folder_entries(path)
+    entries, empty = (_sample_entries(*source_samples(path, train, valid, csv, strict=False)), {}) if listed else _folder_entries(path)
     return _report(path, entries, empty, fast, () if listed else _loose_findings(path))
 
 def check_samples(

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/predict.html.md"""
 # %% auto #0
 __all__ = ['predict_probs', 'predict_folder', 'write_predictions']
 
-# %% ../nbs/180_predict.ipynb #e5916686
+# %% ../nbs/180_predict.ipynb #d642c220
 import sys
 import zipfile
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from fastai.vision.core import TensorImage
 
 from .artifact import Classifier
-from .core import atomic_path, check_new, choice, pick_device, track
+from .core import atomic_path, check_new, choice, counted, pick_device, track
 from .data import NormalizeUint8, image_files, image_loader
 
 # %% ../nbs/180_predict.ipynb #c94bfbcf
@@ -81,12 +81,14 @@ def predict_folder(
         for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = [classes[o] for o in i[:, k].tolist()], p[:, k].numpy().round(6)
     return df
 
-# %% ../nbs/180_predict.ipynb #9ba05c1f
+# %% ../nbs/180_predict.ipynb #02832b85
 def _report_bad(bad: dict, n: int, on_bad: str):
-    "Name every unreadable image, and stop unless told to go on."
-    text = f"{len(bad)} of {n} images cannot be read: {'; '.join(bad.values())}"
-    if on_bad == 'error': raise ValueError(f"{text}. Mend or remove them, or leave their rows out with on_bad='skip' (--on-bad skip)")
-    print(f"warning: {text}. Their rows are left out", file=sys.stderr)
+    "Name the unreadable images, and stop unless told to go on."
+    text, whys = f"{len(bad)} of {counted(n, 'image')} cannot be read", list(bad.values())
+    if on_bad == 'error':
+        some = '; '.join(whys[:3]) + (f"; … and {len(whys)-3} more, which `mstoolkit check` lists" if len(whys) > 3 else '')
+        raise ValueError(f"{text}: {some}. Mend or remove them, or leave their rows out with on_bad='skip' (--on-bad skip)")
+    print('\n'.join([f'warning: {text}; their rows are left out:', *(f'  {o}' for o in whys)]), file=sys.stderr)
 
 # %% ../nbs/180_predict.ipynb #91e72a88
 def write_predictions(

@@ -8,17 +8,18 @@ Docs: https://mstoolkit.github.io/mstoolkit/sources.html.md"""
 __all__ = ['Sample', 'folder_samples', 'split_folders', 'table_samples', 'list_samples', 'source_samples', 'read_classes',
            'class_names', 'stratified_split', 'fold_split']
 
-# %% ../nbs/078_sources.ipynb #fb0769ce
+# %% ../nbs/078_sources.ipynb #c081d8a5
 import csv as csv_lines
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .core import choice, natural_key
+from .core import choice, counted, natural_key
 from .image import image_files, image_suffixes
 
 # %% ../nbs/078_sources.ipynb #466c9162
@@ -79,7 +80,11 @@ def split_folders(
     else: root, skip = path, (*_valid_names, 'test')
     return folder_samples(root, skip), _valid_samples(path/found, root) if found else []
 
-# %% ../nbs/078_sources.ipynb #9ce49c86
+# %% ../nbs/078_sources.ipynb #67660c02
+def _read_text(file: str|Path) -> str:
+    try: return Path(file).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(f"{str(file)!r} is not UTF-8: save it as such (a spreadsheet calls it CSV UTF-8)") from e
+
 def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     "Any of the forms of a table, all cells as text."
     if isinstance(table, pd.DataFrame): return table
@@ -87,23 +92,27 @@ def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     if not table.is_file(): raise FileNotFoundError(f"there is no table {str(table)!r}")
     try:
         if table.suffix == '.parquet': return pd.read_parquet(table)
-        with table.open(encoding='utf-8-sig') as f: head = f.readline()
-        sep = '\t' if table.suffix == '.tsv' else ';' if ';' in head and ',' not in head else ','  # spreadsheets of half the world write semicolons
-        return pd.read_csv(table, dtype=str, keep_default_na=False, na_values=[''], sep=sep)
     except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
     except (ValueError, OSError) as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
+    text = _read_text(table)
+    try:
+        head = text.partition('\n')[0]
+        sep = '\t' if table.suffix == '.tsv' else ';' if ';' in head and ',' not in head else ','  # spreadsheets of half the world write semicolons
+        return pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, na_values=[''], sep=sep)
+    except ValueError as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
 
 _splits = {'train': 0, 'training': 0, 'valid': 1, 'val': 1, 'validation': 1, 'test': 2}
 
 def _check_files(samples: list[Sample], what: str):
+    "Files must be there, and have one label."
     labels = {}
     for s in samples:
         if labels.setdefault(s.path, s.label) != s.label:
             raise ValueError(f"{what} gives {str(s.path)!r} two labels, {labels[s.path]!r} and {s.label!r}: keep one")
     if gone := [s.path for s in samples if not os.path.isfile(s.path)]:
-        raise FileNotFoundError(f"{len(gone)} files of {what} are not there; the first: {str(gone[0])!r}")
+        raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}; `mstoolkit check` lists all")
 
-# %% ../nbs/078_sources.ipynb #160096da
+# %% ../nbs/078_sources.ipynb #e2abe6c0
 def table_samples(
     table: str|Path|pd.DataFrame, # CSV, TSV or Parquet file, or DataFrame, with columns path and label, and split if you like
     root: str|Path, # what relative paths are relative to
@@ -114,33 +123,31 @@ def table_samples(
     df, need = _read_table(table), ['path', 'label', *([group] if group else [])]
     if missing := [c for c in need if c not in df]:
         raise ValueError(f"the table has no column {' and no '.join(map(repr, missing))}; it has {[str(c) for c in df]}")
-    if n := int(df[need].isna().any(axis=1).sum()): raise ValueError(f"{n} rows of the table have no {' or no '.join(need)}")
+    if n := int(df[need].isna().any(axis=1).sum()): raise ValueError(f"{counted(n, 'row')} of the table with no {' or no '.join(need)}")
     split = [choice(str(o), _splits, 'split') for o in df['split']] if 'split' in df else ['train']*len(df)
     groups = df[group].astype(str) if group else ['']*len(df)
     samples = [Sample(Path(root)/str(p), str(l), g) for p, l, g in zip(df['path'], df['label'], groups)]
     out = [s for s, o in zip(samples, split) if _splits[o] == 0], [s for s, o in zip(samples, split) if _splits[o] == 1]
     if not out[0]: raise ValueError("the table has no training rows")
-    _check_files(out[0]+out[1], 'the table')
     return out
 
-# %% ../nbs/078_sources.ipynb #66c4b65d
+# %% ../nbs/078_sources.ipynb #ba56cb0d
 def list_samples(
     file: str|Path, # a line an image: path, label, and whatever follows is ignored
     root: str|Path, # what relative paths are relative to
 ) -> list[Sample]:
     "The images and labels of a `train.txt`-style list; empty lines and lines that begin with # are passed over."
     samples = []
-    for i, line in enumerate(Path(file).read_text(encoding='utf-8-sig').splitlines(), 1):
+    for i, line in enumerate(_read_text(file).splitlines(), 1):
         if not line.strip() or line.startswith('#'): continue
         sep = next((s for s in ',\t' if s in line), None)
         fields = [o.strip() for o in (next(csv_lines.reader([line], delimiter=sep)) if sep else line.rsplit(None, 1))]
         if len(fields) < 2 or not all(fields[:2]): raise ValueError(f"{file}, line {i}: expected a path and a label, found {line!r}")
         samples.append(Sample(Path(root)/fields[0], fields[1]))
     if not samples: raise ValueError(f"{str(file)!r} lists no images")
-    _check_files(samples, str(file))
     return samples
 
-# %% ../nbs/078_sources.ipynb #79e4457f
+# %% ../nbs/078_sources.ipynb #749a4925
 def _list_file(path: Path, name: str) -> Path|None: # in the data folder, or here
     return next((o for o in (path/name, Path(name)) if o.is_file()), None)
 
@@ -149,35 +156,38 @@ def source_samples(
     train: str = 'train', # its training folder, or its list file
     valid: str|None = 'val', # its validation folder or list ('val': the usual names are tried); `None`: none
     csv: str|Path|pd.DataFrame|None = None, # a table instead
-    group: str|None = None # column of the table that names each image's group
+    group: str|None = None, # column of the table that names each image's group
+    strict: bool = True # files that are not there, have two labels or are in both splits are an error; `check` reports them instead
 ) -> tuple[list[Sample], list[Sample]]: # training and validation samples; the latter may be empty
     "The samples of a data folder, whichever way it names them; no image may be in both lists."
     path = Path(path)
     if csv is not None:
         if train != 'train': raise ValueError(f"train={train!r} names a folder or list, and csv a table: give one of them")
         if valid not in ('val', None): raise ValueError(f"valid={valid!r} names a folder or list, and csv a table: mark the rows in a column 'split'")
-        tr, va = table_samples(csv, path, group=group)
+        (tr, va), what = table_samples(csv, path, group=group), 'the table'
     elif group: raise ValueError(f"group={group!r} is a column of a table: give csv too")
     elif not (file := _list_file(path, train)): return split_folders(path, train, valid)
     else:
         if valid == 'val': valid = next((n for n in ('val.txt', 'valid.txt', 'validation.txt') if (path/n).is_file()), None)
         valid_file = valid and _list_file(path, valid)
         if valid and not valid_file: raise FileNotFoundError(f"there is no list {valid!r} in {str(path)!r}, to go with {train!r}")
-        tr, va = list_samples(file, path), list_samples(valid_file, path) if valid else []
+        tr, va, what = list_samples(file, path), list_samples(valid_file, path) if valid else [], ' and '.join([train, *([valid] if valid else [])])
+    if not strict: return tr, va
+    _check_files(tr+va, what)
     if both := {s.path for s in tr} & {s.path for s in va}:
-        raise ValueError(f"{len(both)} images are in training and in validation, {str(min(both))!r} for one: validation would flatter")
+        raise ValueError(f"{counted(len(both), 'image')} in training and in validation, the first {str(min(both))!r}: validation would flatter")
     return tr, va
 
-# %% ../nbs/078_sources.ipynb #2dc94cd8
+# %% ../nbs/078_sources.ipynb #f6e18731
 def read_classes(
     file: str|Path # text: a class name a line, in order; or CSV with a header, whose first two columns are name and number
 ) -> list[str]: # names in the order of the model's outputs
     "The names of classes, from a file."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"there is no class list {str(file)!r}")
-    if file.suffix != '.csv': names = [o.strip() for o in file.read_text(encoding='utf-8-sig').splitlines() if o.strip()]
+    if file.suffix != '.csv': names = [o.strip() for o in _read_text(file).splitlines() if o.strip()]
     else:
-        df = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[''])
+        df = pd.read_csv(StringIO(_read_text(file)), dtype=str, keep_default_na=False, na_values=[''])
         if df.shape[1] > 1 and df.iloc[:, 1].str.fullmatch(r'\d+').all(): df = df.iloc[df.iloc[:, 1].astype(int).argsort(kind='stable')]
         names = [o.strip() for o in df.iloc[:, 0]]
     if twice := [o for o, n in Counter(names).items() if n > 1]: raise ValueError(f"{file} names class {twice[0]!r} twice")
@@ -219,12 +229,12 @@ def stratified_split(
         out.update(own[i] for i in rng.permutation(len(own))[:n])
     return [s for i, s in enumerate(samples) if i not in out], [s for i, s in enumerate(samples) if i in out]
 
-# %% ../nbs/078_sources.ipynb #575e7a65
+# %% ../nbs/078_sources.ipynb #d4a9ddf1
 def _deal_groups(samples: list[Sample], folds: int, rng: np.random.Generator) -> np.ndarray: # fold of each sample
     "Assign whole groups to folds so that the classes stay even."
     groups, labels = defaultdict(list), {c: i for i, c in enumerate(dict.fromkeys(s.label for s in samples))}
     for i, s in enumerate(samples): groups[s.group or i].append(i)
-    if len(groups) < folds: raise ValueError(f"{len(groups)} groups cannot be split into {folds} folds")
+    if len(groups) < folds: raise ValueError(f"{counted(len(groups), 'group')} cannot be split into {folds} folds")
     counts = {g: np.bincount([labels[samples[i].label] for i in own], minlength=len(labels)) for g, own in groups.items()}
     total, have, fold = sum(counts.values()), np.zeros((folds, len(labels))), np.zeros(len(samples), int)
     order = list(groups); rng.shuffle(order)

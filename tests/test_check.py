@@ -161,3 +161,17 @@ def test_digits_are_clean(tmp_path):
 
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no folder'): check_data(tmp_path/'x')
+
+
+def test_a_table_is_checked_to_its_end(clean):
+    "What would stop training at the first row is listed whole."
+    rows = [(f'train/{c}/{i}.png', c, 'train') for c in ('ant', 'bee') for i in range(6)]
+    rows += [('gone/1.png', 'ant', 'train'), ('gone/2.png', 'bee', 'train'), ('train/ant/0.png', 'ant', 'valid'), ('train/bee/1.png', 'ant', 'train')]
+    r = check_data(clean, csv=pd.DataFrame(rows, columns=['path', 'label', 'split']))
+    assert not r.ok and kinds(r, 'error') == {'unreadable: missing', 'leak (exact)', 'label conflict (exact)'}
+    assert [f for f, why in finding(r, 'unreadable: missing').files] == [str(clean/'gone'/'1.png'), str(clean/'gone'/'2.png')]
+
+
+def test_images_without_folders(clean):
+    r = check_data(clean/'train'/'ant')
+    assert not r.ok and finding(r, 'no classes').text.startswith('6 images and no class: put each class in a folder of its own')

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mstoolkit.sources import (Sample, class_names, fold_split, folder_samples, list_samples, read_classes, split_folders, stratified_split,
-                               table_samples)
+from mstoolkit.sources import (Sample, class_names, fold_split, folder_samples, list_samples, read_classes, source_samples, split_folders,
+                               stratified_split, table_samples)
 
 
 def touch(root, *files):
@@ -151,14 +151,19 @@ def test_tables(tmp_path):
         assert (labels(train), labels(valid), [s.group for s in train]) == (['1', '2'], ['1'], ['x', 'y'])
     for broken, why in [(df.drop(columns='path'), "no column 'path'; it has"),
                         (df.assign(split='trian'), "unknown split 'trian'; did you mean 'train'"),
-                        (df.assign(label=[1, None, 2]), '1 rows of the table have no path or no label'),
+                        (df.assign(label=[1, None, 2]), '1 row of the table with no path or no label'),
                         (df.assign(path='i/a.jpg'), "two labels, '1' and '2'"), (df.assign(split='test'), 'no training rows')]:
-        with pytest.raises(ValueError, match=why): table_samples(broken, tmp_path)
-    with pytest.raises(FileNotFoundError, match='3 files of the table are not there; the first'):
-        table_samples(df.assign(path='i/x.jpg', label=1), tmp_path)
+        with pytest.raises(ValueError, match=why): source_samples(tmp_path, csv=broken)
+    for n, text in ((3, '3 files'), (1, '1 file')):
+        gone = df.assign(path=['i/x.jpg']*n + df.path.tolist()[n:], label=1)
+        with pytest.raises(FileNotFoundError, match=f'{text} of the table not there, the first: .*x.jpg.; `mstoolkit check` lists all'):
+            source_samples(tmp_path, csv=gone)
+        assert len(sum(source_samples(tmp_path, csv=gone, strict=False), [])) == 3
     with pytest.raises(FileNotFoundError, match='there is no table'): table_samples(tmp_path/'x.csv', tmp_path)
     (tmp_path/'bin.csv').write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match='cannot be read as a table|has no column'): table_samples(tmp_path/'bin.csv', tmp_path)
+    with pytest.raises(ValueError, match='bin.csv. is not UTF-8: save it as such'): table_samples(tmp_path/'bin.csv', tmp_path)
+    (tmp_path/'odd.csv').write_text('path,label\n"a,b\n')
+    with pytest.raises(ValueError, match='cannot be read as a table'): table_samples(tmp_path/'odd.csv', tmp_path)
 
 
 def test_parquet(tmp_path):
