@@ -8,11 +8,12 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.html.md"""
 __all__ = ['imagenet_mean', 'imagenet_std', 'AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageDatasets', 'ImageDL',
            'default_workers', 'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'image_loader']
 
-# %% ../nbs/080_data.ipynb #4ef3496f
+# %% ../nbs/080_data.ipynb #82de64f7
 import os
 import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import cv2
@@ -66,7 +67,7 @@ def _decode_side(pipe, size: int) -> int: # side in pixels
     scale = getattr(pipe.transforms[0], 'scale', (1, 1))
     return int(np.ceil(size/np.sqrt(scale[0])))
 
-# %% ../nbs/080_data.ipynb #5e8422cf
+# %% ../nbs/080_data.ipynb #a603dfa2
 class AugmentImage(Transform):
     "Read an image and augment it: a `Sample`, path, PIL image or array becomes a uint8 `TensorImage`, channels first."
     input_types = Sample, Path, str, Image.Image, np.ndarray # what `test_dl` and `predict` take
@@ -76,7 +77,7 @@ class AugmentImage(Transform):
         split_idx: int, # 0: for training images, 1: for the others
         colour: bool = True # run the recipe's colour jitter and erasing too; false: `DeviceColour` does
     ):
-        self.augment, self.size, self.split_idx, self.epoch_seed, self.index = augment, size, split_idx, None, 0
+        self.augment, self.size, self.split_idx, self.seed = augment, size, split_idx, None # `seed`: of the next image that fastai passes
         self.pipe = augment_tfms(augment, size)
         if not colour: self.pipe = split_colour(self.pipe)[0]
         self.decode_side, self.cache = _decode_side(self.pipe, size), None
@@ -87,11 +88,11 @@ class AugmentImage(Transform):
         path = o.path if isinstance(o, Sample) else o
         return self.cache[path] if self.cache is not None and path in self.cache else read_image(path, self.decode_side)
 
-    def load(self, o, index: int = 0) -> np.ndarray: # uint8 H×W×3
-        "Pixels of `o`, augmented as the image with this number in this epoch."
-        return apply_tfms(self.pipe, self._pixels(o), None if self.epoch_seed is None else (self.epoch_seed, index))
+    def load(self, o, seed: tuple|None = None) -> np.ndarray: # uint8 H×W×3
+        "Pixels of `o`, augmented with draws that depend on `seed` alone, or on the pipeline's own stream."
+        return apply_tfms(self.pipe, self._pixels(o), seed)
 
-    def encodes(self, o: Sample|Path|str|Image.Image|np.ndarray): return TensorImage(_to_tensor(self.load(o, self.index)))
+    def encodes(self, o: Sample|Path|str|Image.Image|np.ndarray): return TensorImage(_to_tensor(self.load(o, self.seed)))
 
 class LabelOf(Transform):
     "The label of a `Sample`."
@@ -117,18 +118,19 @@ class NormalizeUint8(DisplayedTransform):
         "Back to 0…1, to be shown."
         return ((x - self.shift.to(x.device))/(255*self.scale.to(x.device))).clamp(0, 1)
 
-# %% ../nbs/080_data.ipynb #77087471
+# %% ../nbs/080_data.ipynb #98d95160
 class ImageDatasets(Datasets):
     "`Datasets` of samples as (uint8 image, class number), which can make a batch without a detour."
     def batch(self,
         idxs: list[int], # numbers of its images
+        seed: int|None = None, # of the epoch; an image's draws depend on it and on the image's number
         out: np.ndarray|None = None # flat uint8 memory for the images
     ) -> tuple: # uint8 images N×3×H×W and, where there are labels, their class numbers
         "The images of `idxs`, stacked."
         images, *labels = self.tls
         split, samples = images.tfms.split_idx, [images.items[i] for i in idxs]
         tfm = next(t for t in images.tfms.fs if t.split_idx == split)
-        x = _stack((tfm.load(o, i) for o, i in zip(samples, idxs)), len(idxs), out)
+        x = _stack((tfm.load(o, None if seed is None else (seed, i)) for o, i in zip(samples, idxs)), len(idxs), out)
         if not labels: return _typed(x)
         number = labels[0].vocab.o2i
         return _typed(x, torch.tensor([number[o.label] for o in samples]))
@@ -137,7 +139,7 @@ def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # a `TensorImage` and, w
     "Images and class numbers as fastai's types."
     return x.as_subclass(TensorImage), *(o.as_subclass(TensorCategory) for o in y)
 
-# %% ../nbs/080_data.ipynb #85501c10
+# %% ../nbs/080_data.ipynb #33f06c0c
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, can keep its processes, and names the file when an image cannot be read."
     weights = None # of each item, when classes are drawn with other odds than they have
@@ -146,43 +148,37 @@ class ImageDL(TfmdDL):
 
     def before_iter(self):
         super().before_iter()
-        self._set_seed(self.rng.randint(0, 2**32-1))
+        self._seed = self.rng.randint(0, 2**32-1)
         for t in self.after_batch.fs:
             if isinstance(t, DeviceColour): t.reseed(self._seed)
 
-    def _set_seed(self, seed: int):
-        self._seed = seed
-        for t in _augments(self): t.epoch_seed = seed
-
     def create_item(self, s):
-        for t in _augments(self): t.index = s or 0
+        for t in _augments(self): t.seed = self._seed, s or 0
         return super().create_item(s)
 
     def shuffle_fn(self, idxs):
         if self.weights is None: return super().shuffle_fn(idxs)
         return self.rng.choices(idxs, [self.weights[i] for i in idxs], k=len(idxs))
 
-    def _make_batch(self, idxs, out=None):
+    def _make_batch(self, seed, idxs, out=None):
         "A batch; item by item only where transforms of items or of lists of them are to see each."
-        if isinstance(self.dataset, ImageDatasets) and not self.after_item.fs and not self.before_batch.fs: return self.dataset.batch(idxs, out)
+        if isinstance(self.dataset, ImageDatasets) and not self.after_item.fs and not self.before_batch.fs: return self.dataset.batch(idxs, seed, out)
+        self._seed = seed
         return self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
 
-    def create_batches(self, samps): return map(self._make_batch, chunked(samps, self.bs, self.drop_last))
-
-    def _do_job(self, seed, idxs, out=None): self._set_seed(seed); return self._make_batch(idxs, out)
+    def create_batches(self, samps): return map(self._make_batch, repeat(self._seed), chunked(samps, self.bs, self.drop_last))
 
     def _workers(self) -> Workers:
         "Processes for this epoch: new ones, or those kept from the last, if what they know still holds."
         state = [self.dataset, self.fake_l.num_workers, *self.after_item.fs, *self.before_batch.fs]
         for t in _augments(self): state += [t, t.pipe, t.cache]
-        if self._kept:
-            w, old = self._kept
-            if not w.closed and list(map(id, old)) == list(map(id, state)): return w
-            w.close()
+        w, old = self._kept or (None, ())
+        if w and w.ready and list(map(id, old)) == list(map(id, state)): return w
+        if w and not w.busy: w.close()
         slot_size = 0 if self.pin_memory else 3*self.bs*max((t.size for t in _augments(self)), default=0)**2
-        w = Workers(self._do_job, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory, timeout=self.fake_l.timeout,
+        w = Workers(self._make_batch, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory, timeout=self.fake_l.timeout,
                     seed=self._seed)
-        if self.keep_workers: self._kept = w, state
+        if self.keep_workers and not (self._kept and self._kept[0].busy): self._kept = w, state
         return w
 
     def _from_workers(self):
@@ -196,9 +192,10 @@ class ImageDL(TfmdDL):
             for b in w.run(jobs):
                 if type(b[0]) is torch.Tensor: b = _typed(b[0] if own else b[0].clone(), *b[1:])
                 yield self.after_batch(to_device(tuple(b), self.device, non_blocking=self.pin_memory))
-        except Exception: w.close(); raise # who knows what state they are in
+        except GeneratorExit: raise # an epoch that is given up; the processes can begin another
+        except BaseException: w.close(); raise
         finally:
-            if not self.keep_workers: w.close()
+            if not self.keep_workers or w is not self._kept[0]: w.close()
         self.after_iter()
 
     def _one_pass(self):

@@ -41,7 +41,7 @@ def _shared_slots(n: int, size: int) -> list[np.ndarray]: # size in bytes
     memory = mmap.mmap(-1, max(n*size, 1))
     return [np.frombuffer(memory, np.uint8, size, i*size) for i in range(n)]
 
-# %% ../nbs/076_workers.ipynb #1d949e62
+# %% ../nbs/076_workers.ipynb #763187d4
 def prepare_worker(
     i: int # its number; torch passes it
 ):
@@ -83,29 +83,35 @@ class Workers:
         finally: self.busy = False
 
     @property
-    def closed(self) -> bool: return self not in _open
+    def ready(self) -> bool: # for a list of jobs
+        "Whether the processes live and have nothing to do."
+        it = self.loader._iterator
+        return self in _open and not self.busy and (it is None or all(p.is_alive() for p in it._workers))
 
     def close(self):
-        "End the processes; in a process that inherited this object, leave them alone."
-        if self.closed or os.getpid() != self.pid: return
+        "End the processes and let go of the memory; in a process that inherited this object, leave them alone."
+        if self not in _open or os.getpid() != self.pid: return
         _open.discard(self)
         atexit.unregister(self.close)
-        if self.loader._iterator is not None: self.loader._iterator._shutdown_workers()
+        it, self.loader._iterator = self.loader._iterator, None
+        if it is not None: it._shutdown_workers()
+        self.slots.clear()
 
 def close_idle_workers():
     "Close all `Workers` that nothing is being read from."
     for w in list(_open):
         if not w.busy: w.close()
 
-# %% ../nbs/076_workers.ipynb #1bb3b96a
+# %% ../nbs/076_workers.ipynb #70d796c3
 class KeepWorkers(Callback):
     "Keep the loader processes of `image_dls` until the fit ends, instead of starting them anew for each epoch."
     def before_fit(self):
         "Close what a fit that broke off has left, and tell the loaders to keep theirs."
         close_idle_workers()
-        for dl in self.dls.loaders: dl.keep_workers = True
+        self.loaders = list(self.dls.loaders)
+        for dl in self.loaders: dl.keep_workers = True
 
     def after_fit(self):
         "Close them."
-        for dl in self.dls.loaders: dl.keep_workers = False
+        for dl in self.loaders: dl.keep_workers = False
         close_idle_workers()

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from contextlib import nullcontext
 from io import BytesIO
 
@@ -130,7 +131,7 @@ def test_any_size_of_augmented_images(folder, workers):
 
 
 def test_a_batch_travels_where_memory_is_not_inherited(folder):
-    work = Workers(image_dls(folder, size=16, bs=8, num_workers=0, device='cpu').valid._do_job, 1, slot_size=99_999).loader.dataset
+    work = Workers(image_dls(folder, size=16, bs=8, num_workers=0, device='cpu').valid._make_batch, 1, slot_size=99_999).loader.dataset
     job = 0, (5, [0, 3])
     (shape, y), sent = work[job], pickle.loads(pickle.dumps(work))[job]
     assert shape == (2, 3, 16, 16) and isinstance(y, np.ndarray)
@@ -149,8 +150,26 @@ def test_workers_outlive_the_epoch(folder):
     assert len(list(copy.deepcopy(dls.train))) == len(list(pickle.loads(pickle.dumps(dls.train)))) == first[0]
     dls.train_ds.tls[0].tfms.fs[0].pipe = A.Compose([A.Resize(24, 24)])
     assert next(iter(dls.train))[0].shape[-1] == 24 and workers() != first[1]  # started anew: they would not know
+    old = workers()
+    for i, _ in enumerate(dls.train):  # an iteration within one has its own
+        if i == 1: assert len(list(dls.train)) == first[0] and workers() == old
+    assert i == first[0]-1
+    for p in workers(): os.kill(p, signal.SIGINT)  # as Ctrl-C does
+    time.sleep(.2)
+    assert len(list(dls.train)) == first[0] and not set(workers()) & set(old)
     close_idle_workers()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_validation_in_the_middle_of_an_epoch_changes_nothing(folder, workers):
+    plain, mixed = ([], [])
+    for out in (plain, mixed):
+        dls = image_dls(folder, size=16, bs=8, num_workers=workers, device='cpu')
+        for x, _ in dls.train:
+            out.append(x)
+            if out is mixed: list(dls.valid)
+    assert all(map(torch.equal, plain, mixed))
 
 
 @pytest.mark.parametrize('end', ['all', 'break', 'fit', 'cancelled', 'bad'])
