@@ -155,7 +155,10 @@ def main():
     try:
         folder = generated(tmp/'images', args.limit+64)
         parts = {'Generated JPEGs of 500 × 375': single(folder, args.rounds, args.limit)}
-        if args.photos: parts['Photographs'] = single(args.photos, args.rounds, args.limit)
+        if args.photos:
+            h, w, _ = read_image(next(args.photos.rglob('*.jpg'))).shape
+            parts[f'Photographs, the first of {w} × {h}'] = (single(args.photos, args.rounds, args.limit) + '\n\n'
+                                                             'What is done at the training size takes the same time whatever the size of the file.')
         parts['Worker processes, generated JPEGs, float batch'] = with_workers(tmp, args.rounds, 8*args.limit)
         parts['The presized cache, generated JPEGs of 1,000 × 750, float batch'] = with_cache(tmp, args.rounds, args.limit)
     finally: shutil.rmtree(tmp)

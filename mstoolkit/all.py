@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #628ba5ee
+# %% ../nbs/900_all.ipynb #8cf6c1f6
 from fastai.vision.all import *
 
 from .ablation import *
@@ -34,6 +34,7 @@ from .predict import *
 from .recipe import *
 from .report import *
 from .train import *
+from .workers import KeepWorkers
 
 # %% ../nbs/900_all.ipynb #b8900c6d
 __all__ = [n for n in globals() if not n.startswith('_')]
