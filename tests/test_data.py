@@ -402,6 +402,18 @@ def test_export_and_load(learn, folder):
 
 
 @pytest.mark.cuda
+def test_kept_workers_feed_the_gpu(folder):
+    "Through pinned memory, epoch after epoch, the batches that a process without workers makes on the CPU."
+    cpu, gpu = (image_dls(folder, size=16, bs=8, colour_on='workers', device=d, num_workers=n).train for d, n in (('cpu', 0), ('cuda', 2)))
+    gpu.keep_workers = True
+    for _ in range(2):
+        for (x, y), (u, v) in zip(list(cpu), list(gpu), strict=True):
+            assert u.is_cuda and v.is_cuda and y.tolist() == v.tolist()
+            torch.testing.assert_close(u.cpu(), x, atol=1e-5, rtol=0)
+    close_idle_workers()
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize('how', ['to_fp16', 'to_bf16'])
 def test_mixed_precision(folder, tmp_path, how):
     learn = getattr(Learner(image_dls(folder, size=16, device='cuda'), Net(), loss_func=CrossEntropyLossFlat(), path=tmp_path), how)()
