@@ -214,7 +214,7 @@ def _settle(study: Study, base: Recipe, out: Path):
     if was['cells'] != cells or recipe_from_dict(tomllib.loads(was['base'])) != base:
         raise ValueError(f"{str(out)!r} holds another study (other cells or base recipe): choose another folder")
 
-# %% ../nbs/200_ablation.ipynb #f2f091ca
+# %% ../nbs/200_ablation.ipynb #d8d206fb
 def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3) -> float:
     "Seconds of a training step, the fastest of `n` after one to warm up."
     learn = recipe_learner(replace(r, pretrained=False, weights_file='', schedule='constant'), dls)
@@ -235,6 +235,7 @@ def _estimates(jobs: list[Job], data: Path) -> dict:
     for j in jobs:
         if j.done: continue
         if j.cell not in past:
+            print(f'{j.cell}: timing some steps', file=sys.stderr, flush=True)
             dls = recipe_dls(replace(j.recipe, num_workers=0), data)
             past[j.cell] = [_step_seconds(j.recipe, dls)*(len(dls.train) + len(dls.valid)/3)*j.recipe.epochs]
         out[j.name] = sum(past[j.cell])/len(past[j.cell])

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/900_all.ipynb #8cf6c1f6
+# %% ../nbs/900_all.ipynb #10b51ba4
 from fastai.vision.all import *
 
 from .ablation import *
@@ -20,6 +20,7 @@ from .callback.progress import *
 from .callback.schedule import *
 from .callback.speed import *
 from .callback.tracker import *
+from .check import check_data
 from .core import *
 from .data import *
 from .datasets import *

@@ -66,7 +66,7 @@ def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split �
 def _sample_entries(train: list[Sample], valid: list[Sample]) -> list[Entry]:
     return [Entry(s.path, split, s.label) for split, o in (('train', train), ('valid', valid)) for s in o]
 
-# %% ../nbs/085_check.ipynb #8e1f2a6b
+# %% ../nbs/085_check.ipynb #a416daeb
 def _digest(data: bytes) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 def _look(im: np.ndarray) -> tuple: # difference hash as an int, thumbnail as bytes
@@ -76,7 +76,7 @@ def _look(im: np.ndarray) -> tuple: # difference hash as an int, thumbnail as by
     return int.from_bytes(bits.tobytes(), 'big'), cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).tobytes()
 
 def _not_there(path: Path) -> str:
-    return 'not a file' if os.path.exists(path) else 'the link leads nowhere' if os.path.lexists(path) else 'the file is gone'
+    return 'not a file' if os.path.exists(path) else 'the link leads nowhere' if os.path.lexists(path) else 'there is no such file'
 
 def _inspect(e: Entry, fast: bool) -> Entry:
     "Read a file; with `fast` only its header."
@@ -147,7 +147,7 @@ def _class_findings(entries: list[Entry], empty: dict):
         (most, n), (least, m) = has['train'].most_common()[0], has['train'].most_common()[-1]
         if n > 5*m: yield Finding('warning', 'imbalance', f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'")
 
-# %% ../nbs/085_check.ipynb #27df7eae
+# %% ../nbs/085_check.ipynb #a494ed75
 def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> list[tuple[int, int]]:
     "Pairs of images that look the same: hashes within `max_bits`, thumbnails within `max_grey` levels on average. Flat pictures do not count."
     hashes = np.array([h for h, _ in looks], dtype=np.uint64)
@@ -181,6 +181,11 @@ def _groups(pairs, n: int) -> list[list[int]]:
     for i in {i for p in pairs for i in p}: out[root(i)].append(i)
     return sorted(sorted(g) for g in out.values())
 
+def _names(twins: list[Entry]) -> list[str]:
+    "Their paths; of one path that is listed more than once, as what."
+    paths = list(dict.fromkeys(str(e.path) for e in twins))
+    return paths if len(paths) > 1 else [*paths, 'listed as ' + ' and '.join(f'{e.split} {e.label!r}' for e in twins)]
+
 def _twin_findings(entries: list[Entry]):
     "Exact and near duplicates: across splits they are leaks, with two labels they are contradictions."
     ok = [e for e in entries if e.digest]
@@ -193,7 +198,7 @@ def _twin_findings(entries: list[Entry]):
         what = 'the same file' if name == 'exact' else 'the same picture'
         level = 'error' if name == 'exact' else 'warning'
         found = lambda level, kind, where, gs, so='': Finding(level, f'{kind} ({name})', f"{what} {where}, {counted(len(gs), 'time')}{so}",
-                                                              [[str(ok[i].path) for i in g] for g in gs])
+                                                              [_names([ok[i] for i in g]) for g in gs])
         leaks = [g for g in groups if len({ok[i].split for i in g}) > 1]
         if leaks: yield found(level, 'leak', 'in more than one split', leaks, ': validation flatters')
         clash = [g for g in groups if len({ok[i].label for i in g if ok[i].label}) > 1]
@@ -223,7 +228,7 @@ def _bar(n: int, most: int, width: int = 40) -> str: return '█'*max(1, round(w
 
 def _show_file(group: list[str]) -> str: return '  '.join(json.dumps(o, ensure_ascii=False)[1:-1] if '\n' in o else o for o in group)
 
-# %% ../nbs/085_check.ipynb #fe25141f
+# %% ../nbs/085_check.ipynb #7b60c0b1
 def report_text(
     r: CheckReport,
     *,
@@ -232,7 +237,7 @@ def report_text(
 ) -> str:
     "The report for a terminal."
     total = {s: sum(c.values()) for s, c in r.counts.items() if c}
-    lines = [f"{r.path}: " + ', '.join(f"{counted(n, 'image')} in {s}" for s, n in total.items()), '']
+    lines = [f"{r.path}: " + (', '.join(f"{counted(n, 'image')} in {s}" for s, n in total.items()) or 'no images'), '']
     train = r.counts.get('train', {})
     for c in list(train)[:max_classes]: lines.append(f'{c[:24]:<24} {train[c]:>7,}  {_bar(train[c], max(train.values()))}')
     if len(train) > max_classes: lines.append(f'… and {len(train)-max_classes} more classes')
@@ -297,7 +302,7 @@ def _counts(entries: list[Entry]) -> dict:
     n = {s: Counter(e.label for e in entries if e.split == s) for s in ('train', 'valid', 'test')}
     return {s: {k: c[k] for k in sorted(c, key=natural_key)} for s, c in n.items()}
 
-# %% ../nbs/085_check.ipynb #c1988f15
+# %% ../nbs/085_check.ipynb #61f8a9be
 def check_data(
     path: str|Path, # the data folder, as for `image_dls`; also what a table's relative paths are relative to
     *,
@@ -309,7 +314,7 @@ def check_data(
     "Read every image of a data folder and report what would hurt training."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    listed = csv is not None or train != 'train'
+    listed = csv is not None or train != 'train' or valid != 'val'
     entries, empty = (_sample_entries(*source_samples(path, train, valid, csv, strict=False)), {}) if listed else _folder_entries(path)
     return _report(path, entries, empty, fast, () if listed else _loose_findings(path))
 

@@ -235,7 +235,7 @@ def demo(
     from mstoolkit.demo import demo as run
     run(out)
 
-# %% ../nbs/210_cli.ipynb #f7133151
+# %% ../nbs/210_cli.ipynb #3b2396fb
 def _one_line(e: Exception) -> str:
     "What went wrong, in one line."
     text = f'{e.strerror}: {e.filename!r}' if isinstance(e, OSError) and e.strerror and e.filename else str(e) or type(e).__name__
@@ -246,6 +246,7 @@ def main(
 ) -> int: # exit code: 0, 2 for a user's mistake, 130 when interrupted
     "Run the command line."
     main_thread = threading.current_thread() is threading.main_thread()
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # as stderr: a file's name may be any bytes
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main_thread else None  # so that clean-up runs
     try: app(args, prog_name='mstoolkit')
     except SystemExit as e:

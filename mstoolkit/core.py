@@ -96,13 +96,13 @@ def atomic_path(
     finally:
         with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
-# %% ../nbs/010_core.ipynb #b180155a
+# %% ../nbs/010_core.ipynb #845ca8ab
 def write_text(
     path: str|Path, # the file to (re)write
     text: str # its new content, written as UTF-8
 ) -> Path: # `path`
-    "Write `text` to `path`, whole or not at all."
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    "Write `text` to `path`, whole or not at all; of a file name that is not UTF-8, the bytes as `\\udcff`."
+    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
     return Path(path)
 
 # %% ../nbs/010_core.ipynb #8ea06cc2

@@ -8,12 +8,14 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.html.md"""
 __all__ = ['imagenet_mean', 'imagenet_std', 'AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageDatasets', 'ImageDL',
            'default_workers', 'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'image_loader']
 
-# %% ../nbs/080_data.ipynb #82de64f7
+# %% ../nbs/080_data.ipynb #a64ad69d
 import os
+import pickle
 import random
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from operator import is_
 from pathlib import Path
 
 import cv2
@@ -139,7 +141,7 @@ def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # a `TensorImage` and, w
     "Images and class numbers as fastai's types."
     return x.as_subclass(TensorImage), *(o.as_subclass(TensorCategory) for o in y)
 
-# %% ../nbs/080_data.ipynb #33f06c0c
+# %% ../nbs/080_data.ipynb #68d4f1ff
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, can keep its processes, and names the file when an image cannot be read."
     weights = None # of each item, when classes are drawn with other odds than they have
@@ -168,17 +170,22 @@ class ImageDL(TfmdDL):
 
     def create_batches(self, samps): return map(self._make_batch, repeat(self._seed), chunked(samps, self.bs, self.drop_last))
 
+    def _known(self) -> list:
+        "All that processes know of this loader when they start: its items, as they are, and what its transforms hold, as bytes."
+        tls = getattr(self.dataset, 'tls', ())
+        try: held = pickle.dumps((self.fake_l.num_workers, self.after_item, self.before_batch, [tl.tfms for tl in tls]))
+        except Exception: held = object() # a lambda, say: nothing tells whether it is what it was
+        return [held, self.dataset, *(o for tl in tls for o in tl.items)]
+
     def _workers(self) -> Workers:
         "Processes for this epoch: new ones, or those kept from the last, if what they know still holds."
-        state = [self.dataset, self.fake_l.num_workers, *self.after_item.fs, *self.before_batch.fs]
-        for t in _augments(self): state += [t, t.pipe, t.cache]
-        w, old = self._kept or (None, ())
-        if w and w.ready and list(map(id, old)) == list(map(id, state)): return w
+        known, (w, old) = self._known(), self._kept or (None, ())
+        if w and w.ready and len(old) == len(known) and old[0] == known[0] and all(map(is_, old[1:], known[1:])): return w
         if w and not w.busy: w.close()
         slot_size = 0 if self.pin_memory else 3*self.bs*max((t.size for t in _augments(self)), default=0)**2
         w = Workers(self._make_batch, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory, timeout=self.fake_l.timeout,
                     seed=self._seed)
-        if self.keep_workers and not (self._kept and self._kept[0].busy): self._kept = w, state
+        if self.keep_workers and not (self._kept and self._kept[0].busy): self._kept = w, known
         return w
 
     def _from_workers(self):
@@ -186,7 +193,7 @@ class ImageDL(TfmdDL):
         self.randomize(); self.before_iter()
         torch.empty((), dtype=torch.int64).random_() # fastai draws once an epoch: the global stream is to be the same with processes and without
         jobs = [(self._seed, o) for o in chunked(self.get_idxs(), self.bs, self.drop_last)]
-        w, first = self._workers(), next(iter(self.after_batch.fs), None)
+        w, first = self._workers(), next((t for t in self.after_batch.fs if t.split_idx in (None, self.after_batch.split_idx)), None)
         own = isinstance(first, (NormalizeUint8, DeviceColour)) # which write to other memory than they read: the slot may be used again
         try:
             for b in w.run(jobs):
@@ -246,7 +253,7 @@ def _drop_bad(tr: list[Sample], va: list[Sample]) -> tuple[list[Sample], list[Sa
     if not tr: raise ValueError(f"none of the {len(bad)} images can be read")
     return tr, va, bad
 
-# %% ../nbs/080_data.ipynb #5d105905
+# %% ../nbs/080_data.ipynb #3de71838
 def image_dls(
     path: str|Path, # folder of images; also what relative paths of a table or list are relative to
     *,
@@ -274,6 +281,7 @@ def image_dls(
     path = Path(path)
     choice(on_bad, ('error', 'skip'), 'on_bad'); choice(colour_on, ('auto', 'workers', 'device'), 'colour_on')
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
+    if bs < 1 or (num_workers or 0) < 0: raise ValueError(f"bs is {bs} and num_workers {num_workers}: give 1 or more, and 0 or more")
     if fold and not folds: raise ValueError(f"fold={fold} says which of the folds is held out: give folds too")
     tr, va = source_samples(path, train, None if folds else valid, csv, group)
     if folds and va: print(f"the {len(va):,} validation images of the table are not used: fold {fold} of {folds} is held out instead")

@@ -51,7 +51,7 @@ def _image_names(files: list[Path], folder: Path) -> list[str]:
         seen[n] = f
     return names
 
-# %% ../nbs/180_predict.ipynb #4a32b220
+# %% ../nbs/180_predict.ipynb #af1eb13d
 def predict_folder(
     model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
     folder: str|Path, # images to classify, in folders of any depth
@@ -73,7 +73,7 @@ def predict_folder(
     files = sorted(image_files(folder), key=lambda f: f.relative_to(folder).with_suffix('').as_posix())
     _image_names(files, folder)
     probs, good, bad = predict_probs(clf, files, bs=bs, num_workers=num_workers, device=device or 'auto')
-    if bad: _report_bad(bad, len(files), on_bad if good else 'error')
+    if bad: _report_bad(bad, len(files), on_bad)
     p, i = probs.topk(top_k, dim=1)
     df = pd.DataFrame({'image_name': _image_names(good, folder), 'pred_label': [classes[o] for o in i[:, 0].tolist()]})
     if confidence: df['confidence'] = p[:, 0].numpy().round(6)
@@ -81,16 +81,17 @@ def predict_folder(
         for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = [classes[o] for o in i[:, k].tolist()], p[:, k].numpy().round(6)
     return df
 
-# %% ../nbs/180_predict.ipynb #02832b85
+# %% ../nbs/180_predict.ipynb #fc93fac9
 def _report_bad(bad: dict, n: int, on_bad: str):
     "Name the unreadable images, and stop unless told to go on."
     text, whys = f"{len(bad)} of {counted(n, 'image')} cannot be read", list(bad.values())
-    if on_bad == 'error':
-        some = '; '.join(whys[:3]) + (f"; … and {len(whys)-3} more, which `mstoolkit check` lists" if len(whys) > 3 else '')
-        raise ValueError(f"{text}: {some}. Mend or remove them, or leave their rows out with on_bad='skip' (--on-bad skip)")
+    if on_bad == 'error' or len(bad) == n:
+        some = '; '.join(whys[:3]) + (f'; … and {len(whys)-3} more' if len(whys) > 3 else '')
+        skip = '' if len(bad) == n else "; or leave their rows out, and see them all named, with on_bad='skip' (--on-bad skip)"
+        raise ValueError(f"{text}: {some}. Mend or remove them{skip}")
     print('\n'.join([f'warning: {text}; their rows are left out:', *(f'  {o}' for o in whys)]), file=sys.stderr)
 
-# %% ../nbs/180_predict.ipynb #91e72a88
+# %% ../nbs/180_predict.ipynb #c63f76b2
 def write_predictions(
     df: pd.DataFrame, # from `predict_folder`
     out: str|Path, # the CSV to write; never overwritten
@@ -101,7 +102,8 @@ def write_predictions(
     out = Path(out)
     file = out.with_suffix('.zip') if zip else out
     with atomic_path(check_new(file)) as tmp:
-        if not zip: df.to_csv(tmp, index=False)
+        data = df.to_csv(index=False).encode(errors='backslashreplace') # a name that is not UTF-8 shall not cost all the others
+        if not zip: tmp.write_bytes(data)
         else:
-            with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr(out.with_suffix('.csv').name, df.to_csv(index=False))
+            with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr(out.with_suffix('.csv').name, data)
     return file

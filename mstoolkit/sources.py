@@ -147,7 +147,7 @@ def list_samples(
     if not samples: raise ValueError(f"{str(file)!r} lists no images")
     return samples
 
-# %% ../nbs/078_sources.ipynb #749a4925
+# %% ../nbs/078_sources.ipynb #2d2bd6d7
 def _list_file(path: Path, name: str) -> Path|None: # in the data folder, or here
     return next((o for o in (path/name, Path(name)) if o.is_file()), None)
 
@@ -166,7 +166,10 @@ def source_samples(
         if valid not in ('val', None): raise ValueError(f"valid={valid!r} names a folder or list, and csv a table: mark the rows in a column 'split'")
         (tr, va), what = table_samples(csv, path, group=group), 'the table'
     elif group: raise ValueError(f"group={group!r} is a column of a table: give csv too")
-    elif not (file := _list_file(path, train)): return split_folders(path, train, valid)
+    elif not (file := _list_file(path, train)):
+        if valid and Path(valid).suffix and _list_file(path, valid):
+            raise ValueError(f"valid={valid!r} is a list, and train={train!r} is not: give two lists, or two folders")
+        return split_folders(path, train, valid)
     else:
         if valid == 'val': valid = next((n for n in ('val.txt', 'valid.txt', 'validation.txt') if (path/n).is_file()), None)
         valid_file = valid and _list_file(path, valid)

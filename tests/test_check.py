@@ -169,6 +169,8 @@ def test_a_table_is_checked_to_its_end(clean):
     rows += [('gone/1.png', 'ant', 'train'), ('gone/2.png', 'bee', 'train'), ('train/ant/0.png', 'ant', 'valid'), ('train/bee/1.png', 'ant', 'train')]
     r = check_data(clean, csv=pd.DataFrame(rows, columns=['path', 'label', 'split']))
     assert not r.ok and kinds(r, 'error') == {'unreadable: missing', 'leak (exact)', 'label conflict (exact)'}
+    assert finding(r, 'leak (exact)').files == [[str(clean/'train/ant/0.png'), "listed as train 'ant' and valid 'ant'"]]
+    assert finding(r, 'label conflict (exact)').files == [[str(clean/'train/bee/1.png'), "listed as train 'bee' and train 'ant'"]]
     assert [f for f, why in finding(r, 'unreadable: missing').files] == [str(clean/'gone'/'1.png'), str(clean/'gone'/'2.png')]
 
 

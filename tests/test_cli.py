@@ -1,5 +1,6 @@
 "The command line: what it does, how fast it answers, and one clear line for every mistake."
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,27 @@ def test_train_then_predict(run_folder, image_folder, tmp_path, capsys):
     assert 'already exists' in capsys.readouterr().err
     assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(csv), '--zip']) == 0
     with zipfile.ZipFile(csv.with_suffix('.zip')) as z: assert z.namelist() == ['prediction.csv']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+def test_a_name_that_is_not_utf8(run_folder, image_folder, tmp_path, capsys):
+    shutil.copy(image_folder/'train'/'2'/'0.png', image_folder/'test'/'2'/os.fsdecode(b'odd\xff.png'))
+    capsys.readouterr()
+    assert main(['check', str(image_folder), '--json', '--html', str(tmp_path/'page.html')]) == 1  # a leak
+    leak = next(f for f in json.loads(capsys.readouterr().out)['findings'] if f['kind'] == 'leak (exact)')
+    assert any(p.endswith('odd\udcff.png') for p in leak['files'][0])
+    assert r'odd\udcff.png' in (tmp_path/'page.html').read_text(encoding='utf-8')
+    assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(tmp_path/'p.csv')]) == 0
+    assert r'2/odd\udcff' in list(pd.read_csv(tmp_path/'p.csv').image_name)
+
+
+def test_lists_and_folders_are_not_mixed(image_folder, capsys):
+    (image_folder/'val.txt').write_text('val/2/0.png 2\n')
+    for command in ('check', 'train'):
+        assert main([command, str(image_folder), '--valid', 'val.txt']) == 2
+        assert "is a list, and train='train' is not: give two lists, or two folders" in capsys.readouterr().err
+    assert main(['check', str(image_folder), '--valid', 'nope.txt']) == 2
+    assert 'there is no validation folder or list' in capsys.readouterr().err
 
 
 def test_check(image_folder, tmp_path, capsys):

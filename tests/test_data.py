@@ -6,6 +6,7 @@ import pickle
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from io import BytesIO
 
 import albumentations as A
@@ -161,6 +162,36 @@ def test_workers_outlive_the_epoch(folder):
     assert not multiprocessing.active_children()
 
 
+class Darken(Transform):
+    k = 1.
+    def encodes(self, x: TensorImage): return (x*self.k).to(torch.uint8)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_changes_between_epochs_is_seen(folder, workers):
+    dls = image_dls(folder, size=16, bs=48, num_workers=workers, device='cpu')
+    dls.train.keep_workers = True
+    mean = lambda: dls.train.after_batch.decode(next(iter(list(dls.train))))[0].mean()
+    dark = Darken()
+    dls.train.after_item.add(dark)
+    a, dark.k = mean(), .5
+    b = mean()
+    assert b < .6*a
+    red, items = dls.vocab.o2i['red'], dls.train_ds.tls[1].items
+    assert (next(iter(dls.train))[1] == red).sum() == 16
+    for i, o in enumerate(items): items[i] = replace(o, label='red')
+    assert (next(iter(dls.train))[1] == red).all()
+    close_idle_workers()
+
+
+def test_device_colour_leaves_validation_batches_as_they_were(folder):
+    def batches(workers):
+        dls = image_dls(folder, size=16, bs=4, num_workers=workers, device='cpu', augment='light', colour_on='device')
+        for dl in dls.loaders: dl.after_batch.fs = dl.after_batch.fs[:1]  # no normalisation, which copies
+        return [x for dl in dls.loaders for x, _ in list(dl)]
+    assert all(map(torch.equal, batches(2), batches(0)))
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 def test_validation_in_the_middle_of_an_epoch_changes_nothing(folder, workers):
     plain, mixed = ([], [])
@@ -245,6 +276,8 @@ def test_user_mistakes(tmp_path, kind):
 
 def test_more_mistakes(folder):
     with pytest.raises(ValueError, match="unknown augmentation 'lite'"): image_dls(folder, augment='lite')
+    for kw in (dict(bs=0), dict(num_workers=-1)):
+        with pytest.raises(ValueError, match='give 1 or more, and 0 or more'): image_dls(folder, **kw)
     with pytest.raises(ValueError, match="unknown on_bad 'ignore'"): image_dls(folder, on_bad='ignore')
 
 
