@@ -102,9 +102,12 @@ def close_idle_workers():
     for w in list(_open):
         if not w.busy: w.close()
 
-# %% ../nbs/076_workers.ipynb #70d796c3
+# %% ../nbs/076_workers.ipynb #d223d689
 class KeepWorkers(Callback):
     "Keep the loader processes of `image_dls` until the fit ends, instead of starting them anew for each epoch."
+    loaders = () # of the fit under way
+    def __getstate__(self): return self.__dict__ | {'loaders': ()} # an exported learner leaves its data behind
+
     def before_fit(self):
         "Close what a fit that broke off has left, and tell the loaders to keep theirs."
         close_idle_workers()
@@ -114,4 +117,5 @@ class KeepWorkers(Callback):
     def after_fit(self):
         "Close them."
         for dl in self.loaders: dl.keep_workers = False
+        self.loaders = ()
         close_idle_workers()

@@ -204,7 +204,7 @@ def test_validation_in_the_middle_of_an_epoch_changes_nothing(folder, workers):
 
 
 @pytest.mark.parametrize('end', ['all', 'break', 'fit', 'cancelled', 'bad'])
-def test_no_worker_is_left_behind(folder, end):
+def test_no_worker_is_left_behind(folder, tmp_path, end):
     dls = image_dls(folder, size=16, bs=8, num_workers=2, device='cpu')
     seen = []
     if end == 'all': list(dls.train)
@@ -220,6 +220,8 @@ def test_no_worker_is_left_behind(folder, end):
             learn.fit(2, cbs=Callback(after_batch=after_batch))
         assert len(set.union(*seen)) == (4 if len(seen) > 7 else 2)  # two for training, two for validation, whatever the epochs
         assert bool(multiprocessing.active_children()) == (end == 'bad')  # fastai tells no callback of an exception
+        learn.export(tmp_path/'learner.pkl')
+        assert b'.png' not in (tmp_path/'learner.pkl').read_bytes()  # an exported learner leaves its data behind
         if end == 'bad': close_idle_workers()  # as the next fit does
     assert not multiprocessing.active_children()
 

@@ -52,7 +52,7 @@ def _recorded(learn):
     if len(names) != len(values): return {}
     return {n if n == 'valid_loss' else n.removeprefix('valid_'): v for n, v in zip(names, values)}
 
-# %% ../../nbs/120_callback.progress.ipynb #83de1556
+# %% ../../nbs/120_callback.progress.ipynb #8f428b1b
 class RunHistory(Callback):
     "Keep a row per epoch over all the fits of a learner."
     order, run_valid, remove_on_fetch = Recorder.order+2, False, True
@@ -79,7 +79,10 @@ class RunHistory(Callback):
         self.accuracy.accumulate(self.learn)
         self.lrs = [float(h['lr']) for h in self.opt.hypers]
 
-    def after_train(self): self.train_seconds, self.trained = perf_counter() - self.train_start, True
+    def after_train(self):
+        "End the measurement, and let go of the data, which an exported learner should not hold."
+        self.train_seconds, self.waited, self.trained = perf_counter() - self.train_start, self.timed.waited, True
+        del self.timed
 
     def after_epoch(self):
         "Add a row; `validate` ends an epoch too, but has trained nothing."
@@ -95,12 +98,12 @@ class RunHistory(Callback):
                 'train_loss': rec.pop('train_loss', None), 'valid_loss': rec.pop('valid_loss', None),
                 'train_accuracy': rec.pop('train_accuracy', self.accuracy.value), 'mixed': mix is not None and mix.mixed_epoch,
                 **rec, **{f'lr_{i}': lr for i, lr in enumerate(self.lrs)},
-                'seconds': perf_counter() - self.start, 'data_wait': self.timed.waited/self.train_seconds}
+                'seconds': perf_counter() - self.start, 'data_wait': self.waited/self.train_seconds}
 
     def _advise(self):
         "Say once what to do about waiting. The first epoch starts the workers, and half a second an epoch is nobody's trouble."
         share = self.rows[-1]['data_wait']
-        if self.advised or len(self.rows) < 2 or share <= self.max_wait or self.timed.waited < .5: return
+        if self.advised or len(self.rows) < 2 or share <= self.max_wait or self.waited < .5: return
         self.advised = True
         print(f"{share:.0%} of the training time went into waiting for data: use more workers (num_workers), "
               "a cache of shrunk images (cache=True) or a smaller size")
