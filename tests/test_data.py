@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
@@ -155,8 +154,9 @@ def test_workers_outlive_the_epoch(folder):
     for i, _ in enumerate(dls.train):  # an iteration within one has its own
         if i == 1: assert len(list(dls.train)) == first[0] and workers() == old
     assert i == first[0]-1
-    for p in workers(): os.kill(p, signal.SIGINT)  # as Ctrl-C does
-    time.sleep(.2)
+    it = dls.train._kept[0].loader._iterator
+    for q in it._index_queues: q.put(None)  # they come to an end, as after Ctrl-C
+    for p in it._workers: p.join()
     assert len(list(dls.train)) == first[0] and not set(workers()) & set(old)
     close_idle_workers()
     assert not multiprocessing.active_children()
