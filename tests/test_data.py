@@ -155,6 +155,7 @@ def test_workers_outlive_the_epoch(folder):
         if i == 1: assert len(list(dls.train)) == first[0] and workers() == old
     assert i == first[0]-1
     it = dls.train._kept[0].loader._iterator
+    it._workers_done_event.set()
     for q in it._index_queues: q.put(None)  # they come to an end, as after Ctrl-C
     for p in it._workers: p.join()
     assert len(list(dls.train)) == first[0] and not set(workers()) & set(old)
