@@ -141,7 +141,7 @@ def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # a `TensorImage` and, w
     "Images and class numbers as fastai's types."
     return x.as_subclass(TensorImage), *(o.as_subclass(TensorCategory) for o in y)
 
-# %% ../nbs/080_data.ipynb #68d4f1ff
+# %% ../nbs/080_data.ipynb #313d39b5
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, can keep its processes, and names the file when an image cannot be read."
     weights = None # of each item, when classes are drawn with other odds than they have
@@ -213,7 +213,8 @@ class ImageDL(TfmdDL):
     def __iter__(self):
         try: yield from self._from_workers() if self.fake_l.num_workers else super().__iter__()
         except ImageError as e: # a worker wraps the message in its own traceback
-            raise ImageError(f"{str(e).rpartition('ImageError: ')[2].strip()}; on_bad='skip' leaves such files out", e.kind) from None
+            why = str(e).rpartition('ImageError: ')[2].strip()
+            raise ImageError(f"{why}; `mstoolkit check` lists all such files, on_bad='skip' leaves them out", e.kind) from None
         except RuntimeError as e:
             if 'DataLoader worker' not in str(e): raise
             raise RuntimeError("a loader process died, most often for want of memory: use fewer of them (num_workers) or a smaller size") from e
