@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/augment.html.md"""
 __all__ = ['augment_recipes', 'shrink', 'FlipRotate', 'RandomErasing', 'Jitter', 'none_tfms', 'light_tfms', 'affine_tfms',
            'upright_tfms', 'shift_tfms', 'strong_tfms', 'augment_tfms', 'split_colour', 'apply_tfms']
 
-# %% ../nbs/060_augment.ipynb #6900ca3b
+# %% ../nbs/060_augment.ipynb #fbf4a292
 import hashlib
 import math
 import os
@@ -19,6 +19,7 @@ import albumentations as A # noqa: E402
 import cv2 # noqa: E402
 import numpy as np # noqa: E402
 from .core import choice # noqa: E402
+from .image import grey_weights # noqa: E402
 
 # %% ../nbs/060_augment.ipynb #e17bc79c
 def shrink(
@@ -125,13 +126,11 @@ class RandomErasing(A.ImageOnlyTransform):
         img[y:y+h, x:x+w] = np.clip(noise*255, 0, 255)
         return img
 
-# %% ../nbs/060_augment.ipynb #0e17d2a6
-_grey = np.array([.299, .587, .114]) # of red, green and blue, as in torchvision
+# %% ../nbs/060_augment.ipynb #8dbc4292
+_grey, _same = np.array(grey_weights), np.eye(3, 4)
 
 def _linear(im: np.ndarray, m: np.ndarray) -> np.ndarray: # each pixel times a 3×4 matrix
     return im if m is _same else cv2.transform(im, m)
-
-_same = np.eye(3, 4)
 
 def _hue(im: np.ndarray, by: float) -> np.ndarray: # `by`: share of the colour circle, which OpenCV cuts into 180
     turn = round(by*180)

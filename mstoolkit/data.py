@@ -39,19 +39,13 @@ from .image import ImageError, image_files, pil_rgb, read_image, to_rgb # noqa: 
 from .sources import Sample, class_names, fold_split, source_samples, stratified_split
 from .workers import Workers, prepare_worker
 
-# %% ../nbs/080_data.ipynb #d9cbeb7f
-def _to_tensor(im: np.ndarray) -> torch.Tensor: # uint8 H×W×3 → 3×H×W
-    "Split the channels into planes; OpenCV does it eight times as fast as a transposed copy."
-    planes = np.empty((3, *im.shape[:2]), np.uint8)
-    cv2.split(im, list(planes))
-    return torch.from_numpy(planes)
-
+# %% ../nbs/080_data.ipynb #8f8b0ca7
 def _stack(
     ims: Iterable[np.ndarray], # uint8 H×W×3
     n: int, # so many
     out: np.ndarray|None = None # memory to use, flat
 ) -> torch.Tensor: # uint8 N×3×H×W
-    "A batch of images, each split into its place as it comes."
+    "A batch of images, each split into its place as it comes: OpenCV does it eight times as fast as a transposed copy."
     x = None
     for k, im in enumerate(ims):
         h, w = im.shape[:2]
@@ -63,6 +57,8 @@ def _stack(
                              "it end with a crop or a resize")
         cv2.split(im, list(x[k]))
     return torch.from_numpy(x)
+
+def _to_tensor(im: np.ndarray) -> torch.Tensor: return _stack([im], 1)[0] # uint8 H×W×3 → 3×H×W
 
 def _decode_side(pipe, size: int) -> int: # side in pixels
     "The side at which the smallest crop still covers `size` pixels: what `read_image` may shrink a picture to."
@@ -141,11 +137,11 @@ def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # a `TensorImage` and, w
     "Images and class numbers as fastai's types."
     return x.as_subclass(TensorImage), *(o.as_subclass(TensorCategory) for o in y)
 
-# %% ../nbs/080_data.ipynb #313d39b5
+# %% ../nbs/080_data.ipynb #c61d3f34
 class ImageDL(TfmdDL):
     "A `TfmdDL` that draws a seed each epoch from its own stream, can keep its processes, and names the file when an image cannot be read."
     weights = None # of each item, when classes are drawn with other odds than they have
-    keep_workers, _kept, _seed = False, None, None # set by `KeepWorkers`; processes with what they were started on; the epoch's seed
+    keep_workers, _kept, _seed = False, None, None # set by `KeepWorkers`; the processes it keeps; the epoch's seed
     def __getstate__(self): return self.__dict__ | {'_kept': None} # processes do not travel
 
     def before_iter(self):
@@ -179,13 +175,14 @@ class ImageDL(TfmdDL):
 
     def _workers(self) -> Workers:
         "Processes for this epoch: new ones, or those kept from the last, if what they know still holds."
-        known, (w, old) = self._known(), self._kept or (None, ())
-        if w and w.ready and len(old) == len(known) and old[0] == known[0] and all(map(is_, old[1:], known[1:])): return w
-        if w and not w.busy: w.close()
+        known, kept = self._known(), self._kept
+        same = kept and kept.ready and kept.known[0] == known[0] and len(kept.known) == len(known)
+        if same and all(map(is_, kept.known[1:], known[1:])): return kept
+        if kept and not kept.busy: kept.close()
         slot_size = 0 if self.pin_memory else 3*self.bs*max((t.size for t in _augments(self)), default=0)**2
         w = Workers(self._make_batch, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory, timeout=self.fake_l.timeout,
                     seed=self._seed)
-        if self.keep_workers and not (self._kept and self._kept[0].busy): self._kept = w, known
+        if self.keep_workers and not (kept and kept.busy): self._kept, w.known = w, known
         return w
 
     def _from_workers(self):
@@ -202,7 +199,7 @@ class ImageDL(TfmdDL):
         except GeneratorExit: raise # an epoch that is given up; the processes can begin another
         except BaseException: w.close(); raise
         finally:
-            if not self.keep_workers or w is not self._kept[0]: w.close()
+            if not self.keep_workers or w is not self._kept: w.close()
         self.after_iter()
 
     def _one_pass(self):

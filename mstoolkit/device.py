@@ -7,17 +7,16 @@ Docs: https://mstoolkit.github.io/mstoolkit/device.html.md"""
 # %% auto #0
 __all__ = ['shift_hue', 'jitter_batch', 'erase_batch', 'DeviceColour']
 
-# %% ../nbs/079_device.ipynb #324ddf7d
+# %% ../nbs/079_device.ipynb #0ad3421b
 import torch
 from fastai.vision.core import TensorImage
 from fasttransform import DisplayedTransform
 from torch import Tensor
+from .image import grey_weights
 
-# %% ../nbs/079_device.ipynb #f71b56d5
-_grey_weights = .299, .587, .114 # of red, green and blue, as in torchvision
-
+# %% ../nbs/079_device.ipynb #1a556c09
 def _grey(x: Tensor) -> Tensor: # N×3×H×W → N×1×H×W
-    r, g, b = _grey_weights
+    r, g, b = grey_weights
     return (r*x[:, 0] + g*x[:, 1] + b*x[:, 2])[:, None]
 
 def _blend(x: Tensor, other: Tensor, f: Tensor) -> Tensor: # N×3×H×W floats from 0 to 255; f has a factor per image

@@ -80,7 +80,7 @@ def split_folders(
     else: root, skip = path, (*_valid_names, 'test')
     return folder_samples(root, skip), _valid_samples(path/found, root) if found else []
 
-# %% ../nbs/078_sources.ipynb #67660c02
+# %% ../nbs/078_sources.ipynb #f16e0207
 def _read_text(file: str|Path) -> str:
     try: return Path(file).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f"{str(file)!r} is not UTF-8: save it as such (a spreadsheet calls it CSV UTF-8)") from e
@@ -90,16 +90,15 @@ def _read_table(table: str|Path|pd.DataFrame) -> pd.DataFrame:
     if isinstance(table, pd.DataFrame): return table
     table = Path(table)
     if not table.is_file(): raise FileNotFoundError(f"there is no table {str(table)!r}")
+    parquet = table.suffix == '.parquet'
+    text = '' if parquet else _read_text(table)
     try:
-        if table.suffix == '.parquet': return pd.read_parquet(table)
-    except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
-    except (ValueError, OSError) as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
-    text = _read_text(table)
-    try:
+        if parquet: return pd.read_parquet(table)
         head = text.partition('\n')[0]
         sep = '\t' if table.suffix == '.tsv' else ';' if ';' in head and ',' not in head else ','  # spreadsheets of half the world write semicolons
         return pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, na_values=[''], sep=sep)
-    except ValueError as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
+    except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
+    except (ValueError, OSError) as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
 
 _splits = {'train': 0, 'training': 0, 'valid': 1, 'val': 1, 'validation': 1, 'test': 2}
 
@@ -147,7 +146,7 @@ def list_samples(
     if not samples: raise ValueError(f"{str(file)!r} lists no images")
     return samples
 
-# %% ../nbs/078_sources.ipynb #2d2bd6d7
+# %% ../nbs/078_sources.ipynb #a3760e25
 def _list_file(path: Path, name: str) -> Path|None: # in the data folder, or here
     return next((o for o in (path/name, Path(name)) if o.is_file()), None)
 
@@ -174,7 +173,7 @@ def source_samples(
         if valid == 'val': valid = next((n for n in ('val.txt', 'valid.txt', 'validation.txt') if (path/n).is_file()), None)
         valid_file = valid and _list_file(path, valid)
         if valid and not valid_file: raise FileNotFoundError(f"there is no list {valid!r} in {str(path)!r}, to go with {train!r}")
-        tr, va, what = list_samples(file, path), list_samples(valid_file, path) if valid else [], ' and '.join([train, *([valid] if valid else [])])
+        tr, va, what = list_samples(file, path), list_samples(valid_file, path) if valid else [], ' and '.join(filter(None, (train, valid)))
     if not strict: return tr, va
     _check_files(tr+va, what)
     if both := {s.path for s in tr} & {s.path for s in va}:

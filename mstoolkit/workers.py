@@ -41,7 +41,7 @@ def _shared_slots(n: int, size: int) -> list[np.ndarray]: # size in bytes
     memory = mmap.mmap(-1, max(n*size, 1))
     return [np.frombuffer(memory, np.uint8, size, i*size) for i in range(n)]
 
-# %% ../nbs/076_workers.ipynb #763187d4
+# %% ../nbs/076_workers.ipynb #562a11bf
 def prepare_worker(
     i: int # its number; torch passes it
 ):
@@ -51,6 +51,7 @@ def prepare_worker(
 
 class Workers:
     "Processes that work off one list of jobs after another, until they are closed."
+    known = None # what they were started on, for their owner to compare
     def __init__(self,
         do: Callable, # makes a batch from the parts of a job and `out`, flat uint8 memory for its first tensor, which it may use
         n: int, # processes

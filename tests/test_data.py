@@ -142,7 +142,7 @@ def test_a_batch_travels_where_memory_is_not_inherited(folder):
 
 def test_workers_outlive_the_epoch(folder):
     dls = image_dls(folder, size=16, bs=8, num_workers=2, device='cpu')
-    workers = lambda: [w.pid for w in dls.train._kept[0].loader._iterator._workers]
+    workers = lambda: [w.pid for w in dls.train._kept.loader._iterator._workers]
     dls.train.keep_workers = True
     first = len(list(dls.train)), workers()
     next(iter(dls.train))  # an epoch that is given up
@@ -154,7 +154,7 @@ def test_workers_outlive_the_epoch(folder):
     for i, _ in enumerate(dls.train):  # an iteration within one has its own
         if i == 1: assert len(list(dls.train)) == first[0] and workers() == old
     assert i == first[0]-1
-    it = dls.train._kept[0].loader._iterator
+    it = dls.train._kept.loader._iterator
     it._workers_done_event.set()
     for q in it._index_queues: q.put(None)  # they come to an end, as after Ctrl-C
     for p in it._workers: p.join()
