@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 import torch
 from machine import machine
-from mstoolkit.attribution import scale_shares
+from mstoolkit.evaluate.attribution import scale_shares
 from mstoolkit.core import write_text
-from mstoolkit.datasets import make_navon
+from mstoolkit.data.make import make_navon
 from mstoolkit.recipe import recipes
 from mstoolkit.train import train
 

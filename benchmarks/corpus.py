@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent/'tests'))
 from corpus import bad_files, good_files  # noqa: E402
 from mstoolkit.core import write_text  # noqa: E402
-from mstoolkit.image import ImageError, read_image  # noqa: E402
+from mstoolkit.data.image import ImageError, read_image  # noqa: E402
 
 
 def peak(f):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent/'tests'))
 from literal import twin  # noqa: E402
 from machine import machine  # noqa: E402
 from mstoolkit.core import track, write_text  # noqa: E402
-from mstoolkit.models.fusion import head_meta, multiscale_model  # noqa: E402
+from mstoolkit.models.fusion import heads, multiscale_model  # noqa: E402
 
 CHANNELS, N_OUT = [512, 1024, 2048], 100  # ResNeSt-101e, and the report's classes
 NAMES = {'plain': 'plain', 'pyramid': 'pyramid', 'gated': 'gated', 'literal pyramid': 'pyramid', 'literal gated': 'gated'}
@@ -54,7 +54,7 @@ def rounds(steps, n, device, inner=None):
 
 def make_heads(device):
     torch.manual_seed(0)
-    heads = {k: head_meta[k](CHANNELS, N_OUT) for k in ('plain', 'pyramid', 'gated')}
+    heads = {k: heads[k](CHANNELS, N_OUT) for k in ('plain', 'pyramid', 'gated')}
     heads |= {f'literal {k}': twin(k, heads[k], CHANNELS, N_OUT) for k in ('pyramid', 'gated')}
     return {k: v.to(device) for k, v in heads.items()}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from machine import machine
 from mstoolkit.core import write_text
-from mstoolkit.sources import class_names, split_folders, stratified_split
+from mstoolkit.data.sources import class_names, split_folders, stratified_split
 
 CLASSES = 100
 

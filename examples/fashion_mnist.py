@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from mstoolkit.datasets import make_data
+from mstoolkit.data.make import make_data
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import train
 

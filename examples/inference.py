@@ -6,7 +6,7 @@
 import argparse
 import sys
 
-from mstoolkit.artifact import Classifier
+from mstoolkit.classifier import Classifier
 from mstoolkit.predict import predict_folder, write_predictions
 
 HEADS = dict(resnest='plain', pyramid='pyramid', gate='gated')

@@ -2,7 +2,7 @@
 import torch
 
 from mstoolkit.models.backbone import TimmStages, canonical_key, check_size
-from mstoolkit.models.fusion import MultiScaleModel, head_meta
+from mstoolkit.models.fusion import MultiScaleModel, heads
 from mstoolkit.models.split import stage_splitter
 
 
@@ -36,7 +36,7 @@ def check_backbone(name, n_out=7, sizes=True, device='meta'):
             if 'meta tensors' in str(e): return check_backbone(name, n_out, sizes, 'cpu')  # it looks at numbers, so there must be some
             raise
         for head in ('pyramid', 'gated'):
-            model = MultiScaleModel(body, head_meta[head](body.channels, n_out))
+            model = MultiScaleModel(body, heads[head](body.channels, n_out))
             if model[1](xs).shape != (2, n_out): raise AssertionError(f'{head}: logits {tuple(model[1](xs).shape)}')
             n_groups = check_split(model)
         any_size = not body.fixed_size and (not sizes or takes_odd_sizes(body))

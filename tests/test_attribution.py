@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mstoolkit.attribution import grad_cam, plot_attribution, plot_shares, scale_attribution, scale_shares
+from mstoolkit.evaluate.attribution import grad_cam, plot_attribution, plot_shares, scale_attribution, scale_shares
 from mstoolkit.models.fusion import GatedHead, MultiScaleModel, PlainHead, PyramidHead, multiscale_model
 
 

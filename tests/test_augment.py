@@ -14,7 +14,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import InterpolationMode
 
-from mstoolkit.augment import FlipRotate, RandomErasing, apply_tfms, augment_recipes, augment_tfms, shrink
+from mstoolkit.data.augment import FlipRotate, RandomErasing, apply_tfms, augment_recipes, augment_tfms, shrink
 
 
 @pytest.fixture(scope='module')

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from mstoolkit.data import image_dls
+from mstoolkit.data.core import image_dls
 from mstoolkit.learner import fusion_learner
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.models.split import stage_splitter

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 
 import fastai.callback.all  # noqa: F401
-from mstoolkit.balance import LogitAdjust, balance_learner, class_counts, class_weights
+from mstoolkit.callback.balance import LogitAdjust, balance_learner, class_counts, class_weights
 from mstoolkit.callback.mix import BatchMix
-from mstoolkit.data import image_dls
+from mstoolkit.data.core import image_dls
 from mstoolkit.losses import LabelSmoothing, SmoothedCrossEntropy
 
 

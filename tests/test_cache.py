@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mstoolkit.cache import build_cache
-from mstoolkit.data import image_dls
-from mstoolkit.image import ImageError, image_files, read_image
+from mstoolkit.data.cache import build_cache
+from mstoolkit.data.core import image_dls
+from mstoolkit.data.image import ImageError, image_files, read_image
 
 
 @pytest.fixture

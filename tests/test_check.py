@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mstoolkit.check import check_data, report_html, report_text
-from mstoolkit.datasets import make_digits
-from mstoolkit.image import image_files
+from mstoolkit.data.check import check_data, findings_html, findings_text
+from mstoolkit.data.make import make_digits
+from mstoolkit.data.image import image_files
 
 from corpus import bad_files, write_corpus
 
@@ -42,7 +42,7 @@ def finding(report, kind): return next(f for f in report.findings if f.kind == k
 def test_a_clean_folder(clean):
     r = check_data(clean)
     assert r.ok and not r.findings and r.counts == dict(train=dict(ant=6, bee=6, cat=6), valid=dict(ant=3, bee=3, cat=3), test={})
-    assert 'nothing here would hurt training' in str(r) and 'Nothing to mend' in report_html(r)
+    assert 'nothing here would hurt training' in str(r) and 'Nothing to mend' in findings_html(r)
 
 
 def test_every_bad_file_is_listed(clean):
@@ -83,7 +83,7 @@ def test_near_duplicates(clean, change):
 
 
 def test_near_duplicates_among_many():
-    from mstoolkit.check import _look, _near_pairs
+    from mstoolkit.data.check import _look, _near_pairs
     ims = [scene(i, 48) for i in range(1500)]
     looks = [_look(im) for im in ims+[cv2.resize(ims[7], (40, 40), interpolation=cv2.INTER_AREA)]]
     assert _near_pairs(looks) == [(7, 1500)]
@@ -123,7 +123,7 @@ def test_endings_and_shapes(clean):
 
 def test_fast_reads_headers_only(clean, monkeypatch):
     (clean/'train'/'ant'/'zero.png').touch()
-    monkeypatch.setattr('mstoolkit.check.decode_image', lambda *_: pytest.fail('decoded'))
+    monkeypatch.setattr('mstoolkit.data.check.decode_image', lambda *_: pytest.fail('decoded'))
     r = check_data(clean, fast=True)
     assert kinds(r) == {'unreadable: empty'} and r.sizes['median'] == '96 × 96'
 
@@ -139,7 +139,7 @@ def test_json_and_html(clean):
     r = check_data(clean)
     d = json.loads(r.json())
     assert d['ok'] is False and d['findings'][0]['kind'] == 'leak (exact)'
-    page = report_html(r)
+    page = findings_html(r)
     assert page.startswith('<!doctype html>') and '<script>' not in page and page.count('data:image/jpeg') == 2
     assert 'http' not in page  # nothing is fetched
     assert '<html' not in r._repr_html_()
@@ -150,7 +150,7 @@ def test_text_of_many_classes_and_odd_names(tmp_path):
         (tmp_path/f'c{c}').mkdir()
         Image.fromarray(scene(c)).save(tmp_path/f'c{c}'/'1.png')
     (tmp_path/'c1'/'new\nline.png').touch()
-    text = report_text(check_data(tmp_path))
+    text = findings_text(check_data(tmp_path))
     assert '… and 10 more classes' in text and 'new\\nline.png' in text
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import pandas as pd
 import pytest
-from mstoolkit.artifact import read_header
+from mstoolkit.classifier import read_header
 from mstoolkit.cli import main
 from mstoolkit.recipe import load_recipe
 
@@ -108,11 +108,11 @@ def test_train_from_lists_and_folds(image_folder, tiny_options, tmp_path, capsys
 
 
 def test_help_lists_what_there_is():
-    from mstoolkit.augment import augment_recipes
-    from mstoolkit.models.fusion import head_meta
+    from mstoolkit.data.augment import augment_recipes
+    from mstoolkit.models.fusion import heads
     from mstoolkit.recipe import Recipe
     said = {f.name: set(re.split(r'[ ,:]+', f.metadata['help'])) for f in fields(Recipe)}
-    assert set(augment_recipes) <= said['augment'] and set(head_meta) <= said['head']
+    assert set(augment_recipes) <= said['augment'] and set(heads) <= said['head']
 
 
 def test_a_run_folder_is_never_overwritten(run_folder, image_folder, tiny_options, capsys):
@@ -206,7 +206,7 @@ def test_demo_leaves_curves_csv_and_model(tmp_path, monkeypatch, capsys):
     from dataclasses import replace
 
     import mstoolkit.demo
-    from mstoolkit.datasets import make_navon
+    from mstoolkit.data.make import make_navon
     from mstoolkit.recipe import recipes
     make_navon(tmp_path/'demo'/'data', n_train=200, n_valid=100, n_test=20)  # the demo uses data that is there
     monkeypatch.setitem(recipes, 'demo', replace(recipes['demo'], epochs=1, num_workers=0, device='cpu'))
@@ -220,7 +220,7 @@ def test_demo_leaves_curves_csv_and_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('head', ['pyramid', 'gated', 'plain'])
 def test_report_checkpoints_predict_and_convert(head, image_folder, tmp_path, capsys):
     import torch
-    from test_reports import report_model
+    from test_report_a import report_model
     torch.manual_seed(0)
     pt, classes = tmp_path/'best.pt', tmp_path/'classes.txt'
     torch.save(report_model("resnest14d", head, 3).state_dict(), pt)

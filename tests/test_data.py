@@ -27,9 +27,9 @@ from PIL import Image
 from torch import nn
 
 from mstoolkit.callback.progress import RunHistory
-from mstoolkit.data import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
-from mstoolkit.image import ImageError
-from mstoolkit.workers import KeepWorkers, Workers, close_idle_workers
+from mstoolkit.data.core import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
+from mstoolkit.data.image import ImageError
+from mstoolkit.data.workers import KeepWorkers, Workers, close_idle_workers
 
 matplotlib.use('Agg')
 COLOURS = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))

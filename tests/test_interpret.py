@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from mstoolkit.interpret import (calibration_bins, calibration_error, class_table, confusion_pairs, plot_calibration, plot_confusion,
+from mstoolkit.evaluate.interpret import (calibration_bins, calibration_error, class_table, confusion_pairs, plot_calibration, plot_confusion,
                                  prediction_frame)
 
 

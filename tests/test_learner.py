@@ -7,8 +7,8 @@ from fastai.learner import load_learner
 from fastai.metrics import accuracy
 from fastai.vision.core import PILImage
 from mstoolkit.all import BatchMix, EarlyStop, KeepBest, PlateauLR, SmoothedCrossEntropy, fusion_learner, image_dls, plot_curves, predict_folder
-from mstoolkit.data import get_stats
-from mstoolkit.models.fusion import head_meta
+from mstoolkit.data.core import get_stats
+from mstoolkit.models.fusion import heads
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_the_five_lines_of_the_readme(dls, image_folder, tmp_path):
     plt.close('all')
 
 
-@pytest.mark.parametrize('head', head_meta)
+@pytest.mark.parametrize('head', heads)
 def test_every_head_trains(head, dls, tmp_path):
     learn = fusion_learner(dls, 'test_resnet', head=head, pretrained=False, path=tmp_path)
     learn.fit_one_cycle(6, 1e-2)

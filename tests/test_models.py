@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from literal import twin
 from mstoolkit.models import backbone as bb
 from mstoolkit.models.backbone import TimmStages, canonical_key, check_size, read_weights
-from mstoolkit.models.fusion import (FusionHead, MultiScaleModel, SqueezeExcite, _pool_weights, head_meta, multiscale_model, pool_like,
+from mstoolkit.models.fusion import (FusionHead, MultiScaleModel, SqueezeExcite, _pool_weights, heads, multiscale_model, pool_like,
                                      pool_weights, register_head)
 from mstoolkit.models.split import stage_splitter
 
@@ -47,7 +47,7 @@ def rel_err(a, b): return ((a - b).abs().max()/b.abs().max().clamp_min(1e-30)).i
 def worst_error(name, channels, size, bs, dtype, path, n_out=7):
     "Largest relative error of output and gradients of `path` of head `name` against the literal head."
     torch.manual_seed(0)
-    head = head_meta[name](channels, n_out).to(dtype).eval()
+    head = heads[name](channels, n_out).to(dtype).eval()
     literal = twin(name, head, channels, n_out).to(dtype).eval()
     xs, names = make_maps(channels, size, bs, dtype), [k for k, _ in head.named_parameters()]
     theirs = dict(zip(names, [p for k, p in literal_order(literal, head)]))
@@ -94,10 +94,10 @@ def test_pool_weights_are_computed_once_and_usable_after_inference():
 
 def head_and_maps(name, size=(9, 14), **kw):
     torch.manual_seed(0)
-    return head_meta[name](WIDTHS[3], 7, **kw), make_maps(WIDTHS[3], size, 3, torch.float32)
+    return heads[name](WIDTHS[3], 7, **kw), make_maps(WIDTHS[3], size, 3, torch.float32)
 
 
-@pytest.mark.parametrize('name', head_meta)
+@pytest.mark.parametrize('name', heads)
 def test_head_survives_copy_and_pickle(name):
     head, xs = head_and_maps(name)
     head.eval()
@@ -106,7 +106,7 @@ def test_head_survives_copy_and_pickle(name):
     assert not list(head.buffers())
 
 
-@pytest.mark.parametrize('name', head_meta)
+@pytest.mark.parametrize('name', heads)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_head_under_autocast(name, dtype):
     head, xs = head_and_maps(name)
@@ -116,7 +116,7 @@ def test_head_under_autocast(name, dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
-@pytest.mark.parametrize('name', head_meta)
+@pytest.mark.parametrize('name', heads)
 def test_head_takes_channels_last(name):
     head, xs = head_and_maps(name)
     head.eval()
@@ -124,7 +124,7 @@ def test_head_takes_channels_last(name):
 
 
 @pytest.mark.filterwarnings('ignore')  # the compiler's own
-@pytest.mark.parametrize('name', head_meta)
+@pytest.mark.parametrize('name', heads)
 def test_head_compiles_into_one_graph(name):
     head, xs = head_and_maps(name)
     head.eval()
@@ -141,7 +141,7 @@ def test_nonlinear_head_is_another_model_and_says_so(name):
     assert not head.collapses and "act='relu', spatial" in repr(head)
     pooled = FusionHead.forward_spatial(head, [pool_like(x, xs[0]) for x in xs])
     assert rel_err(pooled, head(xs)) > 1e-3
-    with pytest.raises(ValueError, match="unknown act 'tanh'.* Known: gelu, relu, silu"): head_meta[name](WIDTHS[3], 7, act='tanh')
+    with pytest.raises(ValueError, match="unknown act 'tanh'.* Known: gelu, relu, silu"): heads[name](WIDTHS[3], 7, act='tanh')
 
 
 def test_squeeze_excite_keeps_eight_hidden_channels():
@@ -166,9 +166,9 @@ def test_register_head():
     class Mine(nn.Module):
         def __init__(self, channels, n_out): super().__init__()
     try:
-        assert register_head('mine')(Mine) is Mine and head_meta['mine'] is Mine
+        assert register_head('mine')(Mine) is Mine and heads['mine'] is Mine
         with pytest.raises(ValueError, match='registered already'): register_head('mine')(type('Other', (), {}))
-    finally: head_meta.pop('mine', None)
+    finally: heads.pop('mine', None)
 
 
 # one small model of each kind: list, getter and hook wrappers, channels first and last, one stride, fixed and free sizes

@@ -16,7 +16,7 @@ from fastai.metrics import accuracy, error_rate
 from mstoolkit.callback.mix import BatchMix
 from mstoolkit.callback.progress import RunHistory, TrainProgress
 from mstoolkit.callback.tracker import EarlyStop, PlateauLR
-from mstoolkit.interpret import history_frame, plot_curves
+from mstoolkit.evaluate.interpret import history_frame, plot_curves
 from test_tracker import Written
 from tiny import Items, quiet, tiny_learner
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 import mstoolkit
-from mstoolkit.artifact import Classifier, ModelHeader
-from mstoolkit.datasets import make_navon
+from mstoolkit.classifier import Classifier, ModelHeader
+from mstoolkit.data.make import make_navon
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.recipe import Recipe, save_recipe
 from mstoolkit.report import Run, correct_cells, group_runs, run_warnings, write_report

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mstoolkit.sources import (Sample, class_names, fold_split, folder_samples, list_samples, read_classes, source_samples, split_folders,
+from mstoolkit.data.sources import (Sample, class_names, fold_split, folder_samples, list_samples, read_classes, source_samples, split_folders,
                                stratified_split, table_samples)
 
 

@@ -59,7 +59,7 @@ def test_keep_freed_memory(): assert keep_freed_memory() is True
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_and_its_model_file_loads(image_folder, tiny, tmp_path):
-    from mstoolkit.artifact import Classifier
+    from mstoolkit.classifier import Classifier
     from mstoolkit.recipe import Recipe
     from mstoolkit.train import train
     learn = train(Recipe(**tiny, compile=True), image_folder, tmp_path/'run')

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mstoolkit.stats import accuracy_interval, detectable, difference, holm, images_needed, mcnemar, noise, power, seeds_needed, verdicts
+from mstoolkit.evaluate.stats import accuracy_interval, detectable, difference, holm, images_needed, mcnemar, noise, power, seeds_needed, verdicts
 
 
 def simulate(rng, n_images, n_seeds, effects, seed_sd, image_sd=0.):
