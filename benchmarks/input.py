@@ -26,7 +26,7 @@ from torchvision.datasets import ImageFolder  # noqa: E402
 
 from machine import machine  # noqa: E402
 from mstoolkit.data.augment import light_tfms  # noqa: E402
-from mstoolkit.callback.speed import keep_freed_memory  # noqa: E402
+from mstoolkit.core import keep_freed_memory  # noqa: E402
 from mstoolkit.core import write_text  # noqa: E402
 from mstoolkit.data.core import image_dls  # noqa: E402
 from mstoolkit.data.image import read_image  # noqa: E402

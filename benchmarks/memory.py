@@ -14,7 +14,7 @@ from time import perf_counter
 def steps(keep: bool, n: int = 30) -> dict:
     "Median seconds of a training step and its page faults, in this process."
     import torch
-    from mstoolkit.callback.speed import keep_freed_memory
+    from mstoolkit.core import keep_freed_memory
     from mstoolkit.models.fusion import multiscale_model
     if keep: keep_freed_memory()
     model = multiscale_model('test_resnet', 'gated', 10, pretrained=False).to(memory_format=torch.channels_last)

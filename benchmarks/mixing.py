@@ -28,7 +28,7 @@ from fastai.losses import CrossEntropyLossFlat
 from matplotlib.figure import Figure
 from machine import machine
 from mstoolkit.callback.mix import BatchMix
-from mstoolkit.callback.speed import keep_freed_memory
+from mstoolkit.core import keep_freed_memory
 from mstoolkit.core import write_text
 from timm.data.mixup import Mixup as TimmMixup
 from timm.loss import SoftTargetCrossEntropy

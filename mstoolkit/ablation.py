@@ -26,12 +26,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
+from fastcore.meta import delegates
 from matplotlib.figure import Figure
 
-from .core import check_new, choice, write_text
-from .recipe import Recipe, load_recipe, read_toml, recipe_from_dict, recipe_to_toml, recipes, tomllib
-from .report import Run, correct_cells, finished_runs, plot_cells
+from .core import atomic_path, check_new, choice, write_text
+from .data.sources import DataSource, data_source
+from .evaluate.interpret import plot_cells
 from .evaluate.stats import verdicts
+from .recipe import Recipe, load_recipe, read_toml, recipes, tomllib
+from .runs import Run, correct_cells, finished_runs, read_study, run_file, seed_folder, study_file
 from .train import recipe_dls, recipe_learner, resume_run, train
 
 # %% ../nbs/740_ablation.ipynb #851690da
@@ -100,49 +103,50 @@ def study_jobs(
     out: Path # the study's folder
 ) -> list[Job]: # seed by seed, so that an interrupted study has all cells of its first seeds
     "The runs of a study."
-    cells = {c: recipe_from_dict(dict(d, name=c), base) for c, d in study.cells.items()}
-    return [Job(c, replace(r, seed=s), Path(out)/c/f'seed-{s}') for s in range(seeds) for c, r in cells.items()]
+    cells = {c: Recipe.from_dict(dict(d, name=c), base) for c, d in study.cells.items()}
+    return [Job(c, replace(r, seed=s), seed_folder(out, c, s)) for s in range(seeds) for c, r in cells.items()]
 
 # %% ../nbs/740_ablation.ipynb #333762d4
 def run_job(
     folder: str|Path, # the run folder to make
     recipe: Recipe|str|Path, # what to do
-    data: str|Path, # folder of images
-    table: str|Path, # CSV of the study's images and their split
+    source: DataSource|str|Path, # what to train on
     threads: int # CPU threads
 ):
     "Train one run of a study, or go on with it."
     folder, before = Path(folder), torch.get_num_threads()
     part = folder.with_name(f'.{folder.name}')
-    begun = (part/'checkpoint'/'state.pt').is_file()
+    begun = run_file(part, 'state').is_file()
     if not begun: shutil.rmtree(part, ignore_errors=True)
     torch.set_num_threads(threads)
-    try: resume_run(part) if begun else train(recipe, data, part, csv=table)
+    try: resume_run(part) if begun else train(recipe, source, part)
     finally: torch.set_num_threads(before)
     part.rename(folder)
 
 # %% ../nbs/740_ablation.ipynb #a81457e4
 _program = 'import sys; from mstoolkit.ablation import _run_below; _run_below(*sys.argv[1:])'
 
-def _run_below(parent: str, folder: str, recipe: str, data: str, table: str, threads: str):
+def _run_below(parent: str, folder: str, recipe: str, source: str, threads: str):
     "`run_job` in a process that ends when its parent has ended, even where that was killed."
     def watch():
         while os.getppid() == int(parent): time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
-    run_job(folder, recipe, data, table, int(threads))
+    run_job(folder, recipe, source, int(threads))
 
-def _start(job: Job, data: Path, table: Path, threads: int, gpu: str|None = None) -> subprocess.Popen:
+def _start(job: Job, source: Path, threads: int, gpu: str|None = None) -> subprocess.Popen:
     "Start one run in a process of its own; what it prints goes into a log beside its folder."
-    recipe = write_text(job.folder.with_suffix('.toml'), recipe_to_toml(job.recipe))
+    recipe = job.recipe.save(job.folder.with_suffix('.toml'))
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
-    cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, data, table, threads))]
+    cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, source, threads))]
     with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f: return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
 
 def _outcome(job: Job, code: int) -> str|None:
     "The last line of the log of a run that failed."
-    if code: return ([o for o in job.folder.with_suffix('.log').read_text(encoding='utf-8').splitlines() if o.strip()] or [f'exit code {code}'])[-1]
+    if not code: return None
+    lines = [o for o in job.folder.with_suffix('.log').read_text(encoding='utf-8').splitlines() if o.strip()]
+    return lines[-1] if lines else f'exit code {code}'
 
 # %% ../nbs/740_ablation.ipynb #285ee0a0
 def _gpus(n: int) -> list[str]:
@@ -184,11 +188,11 @@ def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
     try: import ray
     except ImportError as e: raise ImportError("Ray is not installed: pip install mstoolkit[ray]") from e
     if not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    have, (data, table, threads) = ray.cluster_resources(), args
+    have, (source, threads) = ray.cluster_resources(), args
     gpus = int(have.get('GPU', 0))
     if gpus: threads = max(1, min(threads, int(have['CPU']//gpus)))
     remote = ray.remote(num_cpus=threads, num_gpus=int(gpus > 0))(_start_and_wait)
-    waiting = {remote.remote(j, data, table, threads): j for j in jobs}
+    waiting = {remote.remote(j, source, threads): j for j in jobs}
     try:
         while waiting:
             for o in ray.wait(list(waiting), num_returns=1)[0]: yield waiting.pop(o), ray.get(o)
@@ -198,21 +202,30 @@ def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
 def _start_and_wait(job: Job, *args) -> str|None: return _outcome(job, _start(job, *args).wait())
 
 # %% ../nbs/740_ablation.ipynb #9666c61b
-def _write_table(dls: DataLoaders, path: Path):
-    "Write down which image is in which split."
-    sets = dict(train=dls.train_ds, valid=dls.valid_ds)
+def _write_images(dls: DataLoaders, source: DataSource, out: Path):
+    "Write down which image is in which split, and the source that says so to the runs."
+    sets, images = dict(train=dls.train_ds, valid=dls.valid_ds), study_file(out, 'images')
     rows = [(str(Path(s.path).resolve()), s.label, split) for split, ds in sets.items() for s in ds.items]
-    write_text(path, pd.DataFrame(rows, columns=['path', 'label', 'split']).to_csv(index=False))
+    write_text(images, pd.DataFrame(rows, columns=['path', 'label', 'split']).to_csv(index=False))
+    DataSource(source.path, csv=images, classes=source.classes, cache=source.cache, cache_in=source.cache_in).save(study_file(out, 'run_source'))
 
-def _settle(study: Study, base: Recipe, out: Path):
-    "Take the folder, or make sure that it is this study's."
-    base, cells, file = replace(base, seed=0, device='auto', num_workers=-1), json.loads(json.dumps(study.cells)), out/'study.json'
-    if not file.is_file():
-        write_text(check_new(out, 'study folder')/file.name, json.dumps(dict(name=study.name, cells=cells, base=recipe_to_toml(base)), indent=1))
-        return
-    was = json.loads(file.read_text(encoding='utf-8'))
-    if was['cells'] != cells or recipe_from_dict(tomllib.loads(was['base'])) != base:
+def _settle(study: Study, base: Recipe, source: DataSource, out: Path) -> DataSource: # the source, all of it in files
+    "Take the folder, or make sure that it is this study's, on these data."
+    base, cells = replace(base, seed=0, device='auto', num_workers=-1), json.loads(json.dumps(study.cells))
+    if not study_file(out, 'study').is_file():
+        check_new(out, 'study folder')
+        source = source.kept_in(out)
+        source.save(study_file(out, 'source'))
+        text = json.dumps(dict(name=study.name, cells=cells, base=base.to_toml()), indent=1)
+        write_text(study_file(out, 'study'), text)
+        return source
+    was, then = read_study(out), data_source(study_file(out, 'source'))
+    if was['cells'] != cells or Recipe.from_dict(tomllib.loads(was['base'])) != base:
         raise ValueError(f"{str(out)!r} holds another study (other cells or base recipe): choose another folder")
+    if source.in_memory: source = replace(source, csv=then.csv) # a table in memory was written down then
+    if source.resolved() != then:
+        raise ValueError(f"{str(out)!r} holds this study on other data ({then.path}): choose another folder, or give it the same data")
+    return then
 
 # %% ../nbs/740_ablation.ipynb #d8d206fb
 def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3) -> float:
@@ -227,7 +240,7 @@ def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3) -> float:
         took.append(time.perf_counter()-t)
     return min(took[1:])
 
-def _estimates(jobs: list[Job], data: Path) -> dict:
+def _estimates(jobs: list[Job], source: DataSource) -> dict:
     "Seconds of each unfinished job: from finished runs of its cell, else from a few steps."
     past, out = {}, {}
     for j in jobs:
@@ -236,22 +249,23 @@ def _estimates(jobs: list[Job], data: Path) -> dict:
         if j.done: continue
         if j.cell not in past:
             print(f'{j.cell}: timing some steps', file=sys.stderr, flush=True)
-            dls = recipe_dls(replace(j.recipe, num_workers=0), data)
+            dls = recipe_dls(replace(j.recipe, num_workers=0), source)
             past[j.cell] = [_step_seconds(j.recipe, dls)*(len(dls.train) + len(dls.valid)/3)*j.recipe.epochs]
         out[j.name] = sum(past[j.cell])/len(past[j.cell])
     return out
 
 # %% ../nbs/740_ablation.ipynb #e66ef815
-def _plan(jobs: list[Job], data: Path, n: int):
+def _plan(jobs: list[Job], source: DataSource, n: int):
     "Print what there is to do and about how long it takes."
-    est = _estimates(jobs, data)
+    est = _estimates(jobs, source)
     for j in jobs: print(f'{j.name:<44} ' + ('done' if j.done else f'about {est[j.name]/60:.1f} min at the most'))
     print(f'{len(est)} of {len(jobs)} runs to do, about {sum(est.values())/60/n:.0f} min at the most')
 
 # %% ../nbs/740_ablation.ipynb #6d299792
+@delegates(DataSource, but=['path'])
 def run_study(
     study: Study|str|Path, # a study, the name of one, or a TOML file
-    data: str|Path, # folder of images
+    data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
     out: str|Path, # the study's folder; one that holds the same study is taken up where it was left
     *,
     recipe: Recipe|str|Path = 'gate', # what the cells change: a recipe, the name of one, or a TOML file
@@ -260,27 +274,28 @@ def run_study(
     threads: int|None = None, # CPU threads of each run; the machine's, divided by `jobs`
     ray: bool = False, # run on a Ray cluster, as many at a time as have room
     dry_run: bool = False, # list the runs and the time they will take, and stop
-    baseline: str|None = None # the cell to compare with; the first when not given
+    baseline: str|None = None, # the cell to compare with; the first when not given
+    **source # fields of `DataSource`: train, valid, csv …
 ) -> pd.DataFrame|None: # the verdicts, see `verdicts`; None with `dry_run`
     "Train every cell of a study with every seed, and judge them."
     study = study if isinstance(study, Study) else load_study(study)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if base.memory_format == 'auto': base = replace(base, memory_format='contiguous') # a stopwatch's choice could differ between runs
-    data, out = Path(data).resolve(), Path(out).resolve()
+    source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
     if seeds < 1 or jobs < 1: raise ValueError(f"seeds is {seeds} and jobs {jobs}: give 1 or more")
     todo = study_jobs(study, base, seeds, out)
-    if dry_run: return _plan(todo, data, jobs)
-    _settle(study, base, out)
-    if not (out/'images.csv').is_file(): _write_table(recipe_dls(replace(base, num_workers=0), data), out/'images.csv')
+    if dry_run: return _plan(todo, source, jobs)
+    source = _settle(study, base, source, out)
+    if not study_file(out, 'run_source').is_file(): _write_images(recipe_dls(replace(base, num_workers=0), source), source, out)
     failures, left = {}, [j for j in todo if not j.done]
     for j in left: j.folder.parent.mkdir(parents=True, exist_ok=True)
-    args = data, out/'images.csv', threads or max(1, (os.cpu_count() or 1)//jobs)
+    args = study_file(out, 'run_source'), threads or max(1, (os.cpu_count() or 1)//jobs)
     with closing(_on_ray(left, args) if ray else _side_by_side(left, jobs, args) if jobs > 1 else _here(left, args)) as ended:
         for i, (j, error) in enumerate(ended, 1):
             if error: failures[j.name] = error
             print(f'{i}/{len(left)} {j.name}: {error or f"accuracy {Run(j.folder).accuracy:.4f}"}', flush=True)
-    write_text(out/'failures.json', json.dumps(failures, indent=1))
+    write_text(study_file(out, 'failures'), json.dumps(failures, indent=1))
     return study_table(out, baseline)
 
 # %% ../nbs/740_ablation.ipynb #1bfcff38
@@ -288,10 +303,7 @@ def study_runs(
     out: str|Path # a study's folder
 ) -> dict: # cell → its finished runs
     "The runs of a study so far."
-    file = Path(out)/'study.json'
-    if not file.is_file(): raise FileNotFoundError(f"{str(out)!r} is not a study's folder: it has no study.json")
-    cells = json.loads(file.read_text(encoding='utf-8'))['cells']
-    runs = {c: [Run(o) for o in finished_runs(Path(out)/c)] for c in cells}
+    runs = {c: [Run(o) for o in finished_runs(out, c)] for c in read_study(out)['cells']}
     return {c: r for c, r in runs.items() if r}
 
 def study_table(
@@ -301,10 +313,14 @@ def study_table(
     "Judge the finished runs of a study, and write the tables and the figure."
     runs = study_runs(out)
     if not runs: raise ValueError(f"no run of the study in {str(out)!r} is finished: see its failures.json and .log files")
-    df = verdicts(correct_cells(runs), baseline if baseline in runs else None)
-    for kind, end in dict(text='txt', markdown='md', latex='tex', csv='csv').items(): write_text(Path(out)/f'table.{end}', format_table(df, kind))
-    (Path(out)/'figures').mkdir(exist_ok=True)
-    plot_cells(df).savefig(Path(out)/'figures'/'study.png', dpi=110)
+    base = baseline or next(iter(read_study(out)['cells']))
+    if base not in runs:
+        raise ValueError(f"the baseline {base!r} has no finished run in {str(out)!r}, see {study_file(out, 'failures').name}: mend it, "
+                         "or choose another with baseline= (--baseline)")
+    df = verdicts(correct_cells(runs), base)
+    for kind, end in dict(text='txt', markdown='md', latex='tex', csv='csv').items():
+        write_text(Path(out)/f'table.{end}', format_table(df, kind))
+    with atomic_path(study_file(out, 'figure')) as tmp: plot_cells(df).savefig(tmp, format='png', dpi=110)
     return df
 
 # %% ../nbs/740_ablation.ipynb #29050950

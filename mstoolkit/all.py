@@ -10,32 +10,34 @@ __all__ = []
 # %% ../nbs/820_all.ipynb #10b51ba4
 from fastai.vision.all import *
 
-from .ablation import *
-from .classifier import *
-from .evaluate.attribution import *
+from .core import *
+from .recipe import *
+from .data.sources import DataSource, data_source
 from .data.augment import apply_tfms, augment_recipes, augment_tfms
+from .data.check import check_data
+from .data.core import *
+from .data.image import image_files, read_image
+from .data.make import *
+from .models.backbone import *
+from .models.fusion import *
+from .models.split import *
+from .losses import *
 from .callback.checkpoint import *
 from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
+from .callback.smoothing import *
 from .callback.speed import *
 from .callback.tracker import *
-from .data.check import check_data
-from .core import *
-from .data.core import *
-from .data.make import *
-from .data.image import image_files, read_image
+from .runs import *
+from .evaluate.attribution import *
 from .evaluate.interpret import *
 from .learner import *
-from .losses import *
-from .models.backbone import *
-from .models.fusion import *
-from .models.split import *
-from .predict import *
-from .recipe import *
-from .report import *
+from .classifier import *
 from .train import *
-from .data.workers import KeepWorkers
+from .predict import *
+from .report import *
+from .ablation import *
 
 # %% ../nbs/820_all.ipynb #b8900c6d
 __all__ = [n for n in globals() if not n.startswith('_')]

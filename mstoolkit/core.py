@@ -6,10 +6,11 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 
 # %% auto #0
 __all__ = ['choice', 'counted', 'natural_key', 'seed_everything', 'atomic_path', 'write_text', 'check_new', 'new_folder', 'track',
-           'pick_device']
+           'pick_device', 'keep_freed_memory']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
+import ctypes
 import difflib
 import errno
 import os
@@ -170,3 +171,12 @@ def pick_device(
     if (dev.index or 0) >= here:
         raise ValueError(f"device {name!r} was asked for and torch sees {here or 'no'} {dev.type} device here: use --device auto or cpu")
     return dev
+
+# %% ../nbs/010_core.ipynb #8b65dc2b
+def keep_freed_memory() -> bool: # whether this C library could be told
+    "Tell glibc to keep freed memory for the next allocation instead of returning it to the system (Linux); for processes that train on the CPU."
+    if not sys.platform.startswith('linux'): return False
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return False  # musl and others have no such switch
+    trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
+    return all([mallopt(mmap, 32*2**20 - 1), mallopt(trim, 2**31 - 1), mallopt(top_pad, 64*2**20)])

@@ -14,7 +14,8 @@ import pandas as pd
 
 from .data.make import make_data
 from .predict import predict_folder, write_predictions
-from .train import free_run_folder, train
+from .runs import free_run_folder, run_file
+from .train import train
 
 # %% ../nbs/750_demo.ipynb #818174bf
 def score_predictions(
@@ -39,8 +40,9 @@ def demo(
     run = free_run_folder('demo', out/'runs')
     train('demo', data, run)
     df = predict_folder(run, data/'test')
-    csv = write_predictions(df, run/'prediction.csv')
+    csv = write_predictions(df, run_file(run, 'submission'))
     acc = score_predictions(df, data/'test_labels.csv')
     print(f'test accuracy {acc:.4f} on {len(df):,} images')
-    for what, file in dict(predictions=csv, curves=run/'figures'/'curves.png', model=run/'model.safetensors').items(): print(f'{what:<12} {file}')
+    for what, file in dict(predictions=csv, curves=run_file(run, 'curves'), model=run_file(run, 'model')).items():
+        print(f'{what:<12} {file}')
     return acc

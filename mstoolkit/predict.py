@@ -15,11 +15,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.learner import Learner
-from fastai.vision.core import TensorImage
 
 from .classifier import Classifier
 from .core import atomic_path, check_new, choice, counted, pick_device, track
-from .data.core import NormalizeUint8, image_files, image_loader
+from .data.image import image_files
 
 # %% ../nbs/720_predict.ipynb #c94bfbcf
 def predict_probs(
@@ -31,15 +30,12 @@ def predict_probs(
     device: str = 'auto' # auto, cpu, cuda, cuda:N or mps
 ) -> tuple[torch.Tensor, list[Path], dict]: # probabilities, one row for each readable file; those files; unreadable file → reason
     "Class probabilities of image files; what cannot be read is returned by name."
-    device, h = pick_device(device), clf.header
-    norm, model = NormalizeUint8(h.mean, h.std), clf.model.to(device).eval()
-    probs, good, bad = [], [], {}
-    for x, ok, errors in track(image_loader(files, h.size, bs=bs, num_workers=num_workers), 'predict'):
+    model, probs, good, bad = clf.model.to(pick_device(device)).eval(), [], [], {}
+    for _, x, ok, errors in track(clf.batches(files, bs=bs, num_workers=num_workers), 'predict', total=-(-len(files)//bs)):
         bad.update(errors); good += ok
         if len(ok):
-            x = norm(TensorImage(x.to(device))).as_subclass(torch.Tensor)
             with torch.inference_mode(): probs.append(model(x).float().softmax(1).cpu())
-    return torch.cat(probs) if probs else torch.empty(0, len(h.classes)), good, bad
+    return torch.cat(probs) if probs else torch.empty(0, len(clf.header.classes)), good, bad
 
 # %% ../nbs/720_predict.ipynb #9cf77202
 def _image_names(files: list[Path], folder: Path) -> list[str]:

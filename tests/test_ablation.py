@@ -18,7 +18,7 @@ from mstoolkit import ablation
 from mstoolkit.ablation import Study, format_table, grid, load_study, plot_study, run_study, studies, study_jobs, study_table
 from mstoolkit.data.make import make_digits, make_navon
 from mstoolkit.recipe import Recipe
-from mstoolkit.report import Run
+from mstoolkit.runs import Run
 from test_report import fake_run
 
 HEADS = Study('heads', grid(head=['plain', 'gated']))

@@ -12,7 +12,8 @@ import fastai.callback.all  # noqa: F401
 from mstoolkit.callback.balance import LogitAdjust, balance_learner, class_counts, class_weights
 from mstoolkit.callback.mix import BatchMix
 from mstoolkit.data.core import image_dls
-from mstoolkit.losses import LabelSmoothing, SmoothedCrossEntropy
+from mstoolkit.callback.smoothing import LabelSmoothing
+from mstoolkit.losses import SmoothedCrossEntropy
 
 
 @pytest.fixture

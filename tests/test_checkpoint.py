@@ -20,7 +20,7 @@ from mstoolkit.callback.progress import RunHistory
 from mstoolkit.callback.schedule import fit_warm_restarts
 from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
 from mstoolkit.cli import main
-from mstoolkit.recipe import Recipe, save_recipe
+from mstoolkit.recipe import Recipe
 from mstoolkit.train import resume_run, train
 from mstoolkit.train import schedules as train_schedules
 from safetensors.torch import load_file, save_file
@@ -74,7 +74,7 @@ def training(folder, fit, *cbs, resume=False, metrics=None, **kw):
     random.seed(1); np.random.seed(1)
     learn = tiny_learner(folder, cbs=[RunHistory(), BatchMix(.4, .4, seed=7), Dropping()], **(dict(metrics=metrics) if metrics else {}), **kw)
     trackers = [PlateauLR(patience=0), EarlyStop(patience=99), KeepBest(file=folder/'best.safetensors')]
-    with quiet(learn): fit(learn, [*trackers, Checkpoint(folder/'checkpoint', resume=resume), *cbs])
+    with quiet(learn): fit(learn, [*trackers, Checkpoint(folder/'checkpoint'/'state.pt', resume=resume), *cbs])
     return learn
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_says_so_and_the_last_state_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(OSError) as e: training(tmp_path/'b', fit)
     assert e.value.errno == 28 and e.value.filename == str(tmp_path/'b'/'checkpoint'/'state.pt')
-    assert os.listdir(tmp_path/'b'/'checkpoint') == ['state.pt'] and load_checkpoint(tmp_path/'b'/'checkpoint')['epochs'] == 2
+    assert os.listdir(tmp_path/'b'/'checkpoint') == ['state.pt'] and load_checkpoint(tmp_path/'b'/'checkpoint'/'state.pt')['epochs'] == 2
     monkeypatch.undo()
     assert_same(training(tmp_path/'b', fit, resume=True), whole)
 
@@ -177,12 +177,12 @@ def test_torch_reports_a_full_device(tmp_path):
 
 def test_predictions_validation_and_lr_find_are_no_fits(tmp_path):
     learn = tiny_learner(tmp_path)
-    learn.add_cb(Checkpoint(tmp_path/'checkpoint'))
+    learn.add_cb(Checkpoint(tmp_path/'checkpoint'/'state.pt'))
     with quiet(learn):
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False)
         assert learn.checkpoint.n_fits == 0 and not (tmp_path/'checkpoint').exists()
         learn.fit(2); learn.validate(); learn.fit(1)
-    assert load_checkpoint(tmp_path/'checkpoint')['fit'] == 2
+    assert load_checkpoint(tmp_path/'checkpoint'/'state.pt')['fit'] == 2
 
 
 def test_another_fit_is_refused(tmp_path):
@@ -191,7 +191,7 @@ def test_another_fit_is_refused(tmp_path):
         training(tmp_path, lambda learn, cbs: learn.fit_one_cycle(6, cbs=cbs), resume=True)
     learn = tiny_learner(tmp_path)
     with quiet(learn), pytest.raises(ValueError, match="state for the callbacks .*'batch_mix'.* no such callback"):
-        learn.fit(4, cbs=Checkpoint(tmp_path/'checkpoint', resume=True))
+        learn.fit(4, cbs=Checkpoint(tmp_path/'checkpoint'/'state.pt', resume=True))
 
 
 def test_a_state_that_no_file_can_hold_is_refused_before_training(tmp_path):
@@ -206,10 +206,10 @@ def test_a_state_that_no_file_can_hold_is_refused_before_training(tmp_path):
 def test_two_callbacks_of_one_name_keep_apart(tmp_path):
     stops = [EarlyStop(patience=5), EarlyStop('valid_loss', patience=7)]
     learn = tiny_learner(tmp_path)
-    with quiet(learn): learn.fit(2, cbs=[*stops, Checkpoint(tmp_path/'checkpoint')])
+    with quiet(learn): learn.fit(2, cbs=[*stops, Checkpoint(tmp_path/'checkpoint'/'state.pt')])
     again = [EarlyStop(patience=5), EarlyStop('valid_loss', patience=7)]
     learn = tiny_learner(tmp_path)
-    with quiet(learn): learn.fit(2, cbs=[*again, Checkpoint(tmp_path/'checkpoint', resume=True)])
+    with quiet(learn): learn.fit(2, cbs=[*again, Checkpoint(tmp_path/'checkpoint'/'state.pt', resume=True)])
     assert [o.state_dict() for o in again] == [o.state_dict() for o in stops] and again[0].best != again[1].best
 
 
@@ -219,9 +219,9 @@ def test_nothing_in_the_file_is_unpickled(tmp_path):
     assert state['fit'] == 1 and state['ended']
     (bad := tmp_path/'bad').mkdir()
     torch.save({'format': 1, 'path': tmp_path}, bad/'state.pt')
-    with pytest.raises(ValueError, match='damaged or is no checkpoint'): load_checkpoint(bad)
+    with pytest.raises(ValueError, match='damaged or is no checkpoint'): load_checkpoint(bad/'state.pt')
     torch.save({'format': 2}, bad/'state.pt')
-    with pytest.raises(ValueError, match='of this version'): load_checkpoint(bad)
+    with pytest.raises(ValueError, match='of this version'): load_checkpoint(bad/'state.pt')
 
 
 def test_generators(tmp_path):
@@ -328,7 +328,7 @@ train(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3], cbs=[Kill()])
 def test_killed_for_real(recipe, image_folder, tmp_path, capsys):
     "SIGKILL in the middle of an epoch, with loader processes at work; then the command line."
     r = recipe(num_workers=2)
-    save_recipe(r, tmp_path/'r.toml')
+    r.save(tmp_path/'r.toml')
     env = os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(tmp_path/'r.toml'), str(image_folder), str(tmp_path/'b')], env=env)
     assert done.returncode == -signal.SIGKILL
@@ -342,7 +342,7 @@ def test_killed_for_real(recipe, image_folder, tmp_path, capsys):
 
 def test_a_full_disk(recipe, image_folder, tmp_path, monkeypatch, capsys):
     r, save, n = recipe(), torch.save, []
-    save_recipe(r, tmp_path/'r.toml')
+    r.save(tmp_path/'r.toml')
     def full(state, f):
         n.append(1)
         if len(n) > 1: raise OSError(28, 'No space left on device')
@@ -433,10 +433,10 @@ def test_on_a_gpu(mode, tmp_path):
     def run(folder, *cbs, resume=False):
         learn = tiny_learner(folder, cbs=[] if mode == 'fp32' else [MixedPrecision(amp_mode=mode)], **torch_adam)
         learn.dls.to('cuda')
-        with quiet(learn): learn.fit_one_cycle(4, 1e-2, cbs=[Checkpoint(folder/'checkpoint', resume=resume), Dropping(), *cbs])
+        with quiet(learn): learn.fit_one_cycle(4, 1e-2, cbs=[Checkpoint(folder/'checkpoint'/'state.pt', resume=resume), Dropping(), *cbs])
         return learn
     for d in 'ab': (tmp_path/d).mkdir()
     whole = run(tmp_path/'a')
     with pytest.raises(Killed): run(tmp_path/'b', KillAt(1, 2))
-    if mode == 'fp16': assert load_checkpoint(tmp_path/'b'/'checkpoint')['learner']['scaler']['_growth_tracker'] > 0
+    if mode == 'fp16': assert load_checkpoint(tmp_path/'b'/'checkpoint'/'state.pt')['learner']['scaler']['_growth_tracker'] > 0
     assert same(whole.model.state_dict(), run(tmp_path/'b', resume=True).model.state_dict())

@@ -29,7 +29,8 @@ from torch import nn
 from mstoolkit.callback.progress import RunHistory
 from mstoolkit.data.core import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
 from mstoolkit.data.image import ImageError
-from mstoolkit.data.workers import KeepWorkers, Workers, close_idle_workers
+from mstoolkit.callback.speed import KeepWorkers
+from mstoolkit.data.workers import Workers, close_idle_workers
 
 matplotlib.use('Agg')
 COLOURS = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))
@@ -260,7 +261,7 @@ def test_table_and_list(folder):
     (folder/'train.txt').write_text(''.join(f'{f.relative_to(folder)}, {order.index(f.parent.name)}\n' for f in files))
     (folder/'val.txt').write_text(''.join(f'{f.relative_to(folder)}, {order.index(f.parent.name)}\n' for f in sorted((folder/'val').rglob('*.png'))))
     (folder/'classes.txt').write_text('\n'.join(order))
-    dls = image_dls(folder, train='train.txt', vocab=folder/'classes.txt', size=16, device='cpu')
+    dls = image_dls(folder, train='train.txt', classes=folder/'classes.txt', size=16, device='cpu')
     assert list(dls.vocab) == order and len(dls.valid_ds) == 18
     assert {s.label == s.path.parent.name for s in dls.train_ds.items+dls.valid_ds.items} == {True}
 

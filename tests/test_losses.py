@@ -9,7 +9,8 @@ from fastai.torch_core import TensorCategory, TensorImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mstoolkit.callback.mix import BatchMix
-from mstoolkit.losses import LabelSmoothing, SmoothedCrossEntropy
+from mstoolkit.callback.smoothing import LabelSmoothing
+from mstoolkit.losses import SmoothedCrossEntropy
 from tiny import quiet, tiny_learner
 from torch import nn
 

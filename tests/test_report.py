@@ -15,8 +15,10 @@ import mstoolkit
 from mstoolkit.classifier import Classifier, ModelHeader
 from mstoolkit.data.make import make_navon
 from mstoolkit.models.fusion import multiscale_model
-from mstoolkit.recipe import Recipe, save_recipe
-from mstoolkit.report import Run, correct_cells, group_runs, run_warnings, write_report
+from mstoolkit.data.sources import DataSource
+from mstoolkit.recipe import Recipe
+from mstoolkit.report import run_warnings, write_report
+from mstoolkit.runs import Run, correct_cells, group_runs
 
 
 class Checker(HTMLParser):
@@ -38,11 +40,12 @@ class Checker(HTMLParser):
     def handle_endtag(self, tag): assert self.open.pop() == tag, tag
 
 
-def fake_run(folder, data, seed=0, classes=None, right=.8, model=True, **recipe):
+def fake_run(folder, data, seed=0, classes=None, right=.8, model=True, source=None, **recipe):
     "A run folder as `train` leaves it, without the training."
     folder, rng = Path(folder), np.random.default_rng(seed)
     r = Recipe(**dict(name='gate', backbone='test_resnet', head='gated', pretrained=False, size=48, seed=seed) | recipe)
-    save_recipe(r, folder/'recipe.toml')
+    r.save(folder/'recipe.toml')
+    DataSource(data, **source or {}).save(folder/'data.toml')
     files = sorted((data/'val').glob('*/*.png'))
     label = np.array([f.parent.name for f in files])
     classes = classes or sorted(set(label))
@@ -155,10 +158,9 @@ def test_a_study_is_its_finished_runs(tmp_path, navon):
 
 
 def test_the_data_speak_up(tmp_path, navon):
-    run = fake_run(tmp_path/'my run', navon, model=False)
+    run = fake_run(tmp_path/'my run', navon, model=False, source=dict(csv='my table.csv', fold=0, cache=True))
     env = json.loads((run/'environment.json').read_text())
-    options = dict(csv='my table.csv', fold=0, cache=True)
-    env['data'] |= dict(train_per_class=[3, 40], warnings=['2 images are in training and validation'], options=options)
+    env['data'] |= dict(train_per_class=[3, 40], warnings=['2 images are in training and validation'])
     (run/'environment.json').write_text(json.dumps(env))
     (run/'left_out.txt').write_text('a.jpg: is empty')
     text = html.unescape(checked(write_report(run)))

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mstoolkit.data.sources import (Sample, class_names, fold_split, folder_samples, list_samples, read_classes, source_samples, split_folders,
-                               stratified_split, table_samples)
+from mstoolkit.data.sources import (DataSource, Sample, class_names, fold_split, folder_samples, list_samples, read_classes,
+                                    source_samples, split_folders, stratified_split, table_samples)
 
 
 def touch(root, *files):
@@ -46,6 +46,18 @@ def test_folds(samples, folds, seed):
     assert all(sorted(t+v, key=str) == sorted(samples, key=str) for t, v in held)
     assert max(len(v) for _, v in held)-min(len(v) for _, v in held) <= 1
     for c, n in Counter(labels(samples)).items(): assert {labels(v).count(c) for _, v in held} <= {n//folds, n//folds+1}
+
+
+def test_what_sklearns_stratified_splits_cannot_do():
+    "Why the plain splits are our own: a class of one image, a rare class, more folds than images of any class."
+    from sklearn.model_selection import StratifiedKFold, train_test_split
+    few = [Sample(Path(f'{c}{i}'), c) for c, n in dict(a=30, b=2, c=1).items() for i in range(n)]
+    with pytest.raises(ValueError, match='least populated class'): train_test_split(few, test_size=.2, stratify=labels(few), random_state=0)
+    _, held = train_test_split(few[:32], test_size=.2, stratify=labels(few[:32]), random_state=0)
+    assert 'b' not in labels(held) and 'b' in labels(stratified_split(few, .2, 0)[1])
+    pairs = few[:2] + few[30:32]
+    with pytest.raises(ValueError, match='cannot be greater'): next(StratifiedKFold(3).split(pairs, labels(pairs)))
+    assert sorted(s.path.name for k in range(3) for s in fold_split(pairs, 3, k, 0)[1]) == ['a0', 'a1', 'b0', 'b1']
 
 
 @settings(max_examples=100, deadline=None)
@@ -153,12 +165,12 @@ def test_tables(tmp_path):
                         (df.assign(split='trian'), "unknown split 'trian'; did you mean 'train'"),
                         (df.assign(label=[1, None, 2]), '1 row of the table with no path or no label'),
                         (df.assign(path='i/a.jpg'), "two labels, '1' and '2'"), (df.assign(split='test'), 'no training rows')]:
-        with pytest.raises(ValueError, match=why): source_samples(tmp_path, csv=broken)
+        with pytest.raises(ValueError, match=why): source_samples(DataSource(tmp_path, csv=broken))
     for n, text in ((3, '3 files'), (1, '1 file')):
         gone = df.assign(path=['i/x.jpg']*n + df.path.tolist()[n:], label=1)
         with pytest.raises(FileNotFoundError, match=f'{text} of the table not there, the first: .*x.jpg.; `mstoolkit check` lists all'):
-            source_samples(tmp_path, csv=gone)
-        assert len(sum(source_samples(tmp_path, csv=gone, strict=False), [])) == 3
+            source_samples(DataSource(tmp_path, csv=gone))
+        assert len(sum(source_samples(DataSource(tmp_path, csv=gone), strict=False), [])) == 3
     with pytest.raises(FileNotFoundError, match='there is no table'): table_samples(tmp_path/'x.csv', tmp_path)
     (tmp_path/'bin.csv').write_bytes(bytes(range(256)))
     with pytest.raises(ValueError, match='bin.csv. is not UTF-8: save it as such'): table_samples(tmp_path/'bin.csv', tmp_path)

@@ -7,7 +7,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from mstoolkit.callback import speed
-from mstoolkit.callback.speed import MemoryFormat, keep_freed_memory
+from mstoolkit.callback.speed import MemoryFormat
+from mstoolkit.core import keep_freed_memory
 from mstoolkit.models.fusion import multiscale_model
 
 

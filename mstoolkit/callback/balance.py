@@ -16,6 +16,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from ..core import choice
+from ..losses import loss_kernel
 from torch import Tensor
 
 # %% ../../nbs/350_callback.balance.ipynb #de20ec20
@@ -61,7 +62,7 @@ def _sampler(learn: Learner):
 
 def _weights(learn: Learner):
     "Give the learner's cross entropy a weight for each class."
-    kernel = getattr(learn.loss_func, 'func', learn.loss_func) # fastai's flattened losses keep torch's in `func`
+    kernel = loss_kernel(learn.loss_func)
     if not hasattr(kernel, 'weight'):
         raise ValueError(f"balance='weights' needs a loss with weights, such as CrossEntropyLossFlat, not {learn.loss_func}")
     kernel.weight = class_weights(class_counts(learn.dls)).to(learn.dls.device)

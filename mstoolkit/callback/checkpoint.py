@@ -118,11 +118,12 @@ def load_training_state(
 
 # %% ../../nbs/360_callback.checkpoint.ipynb #65c27b1a
 def load_checkpoint(
-    folder: str|Path # where a `Checkpoint` writes
+    file: str|Path # what a `Checkpoint` has written
 ) -> dict: # 'fit' and 'epochs': how far it got; 'learner': the `training_state`
     "Read a checkpoint, never unpickling."
-    file = Path(folder)/'state.pt'
-    if not file.is_file(): raise FileNotFoundError(f"there is no checkpoint {str(file)!r}: no epoch had ended, or the training has ended well")
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(file)!r}: no epoch had ended, or the training has ended well")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{str(file)!r} is damaged or is no checkpoint") from e
     if not isinstance(state, dict) or state.get('format') != 1: raise ValueError(f"{str(file)!r} is no checkpoint of this version")
@@ -133,14 +134,14 @@ class Checkpoint(Callback):
     "After each epoch, write all that the next one depends on; with `resume=True`, go on from there."
     order, run_valid, remove_on_fetch = EarlyStop.order+10, False, True  # after everything that acts at the end of an epoch or a fit
     def __init__(self,
-        folder: str|Path, # where to keep the newest state: one file, about three times the size of the model under Adam
+        file: str|Path, # where to keep the newest state: about three times the size of the model under Adam
         *,
         resume: bool = False # go on from the state that is there
     ):
-        self.file, self.n_fits = Path(folder)/'state.pt', 0
+        self.file, self.n_fits = Path(file), 0
         if not resume and self.file.exists():
-            raise ValueError(f"{str(self.file)!r} is another training's checkpoint: go on with it, resume=True, or choose another folder")
-        self.saved = load_checkpoint(folder) if resume else None
+            raise ValueError(f"{str(self.file)!r} is another training's checkpoint: go on with it, resume=True, or choose another file")
+        self.saved = load_checkpoint(file) if resume else None
 
     def before_fit(self):
         "Count the fits; refuse a state that no file could hold before anything is trained, and a checkpoint of another fit."

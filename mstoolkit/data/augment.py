@@ -19,7 +19,7 @@ import albumentations as A # noqa: E402
 import cv2 # noqa: E402
 import numpy as np # noqa: E402
 from ..core import choice # noqa: E402
-from .image import grey_weights # noqa: E402
+from .image import grey_weights, imagenet_mean, imagenet_std # noqa: E402
 
 # %% ../../nbs/120_data.augment.ipynb #e17bc79c
 def shrink(
@@ -97,8 +97,8 @@ class RandomErasing(A.ImageOnlyTransform):
         self,
         scale: tuple[float, float] = (.02, .15), # range of the box's area, as a share of the image's (Report B)
         ratio: tuple[float, float] = (.3, 3.3), # range of its height ÷ width, log-uniform
-        mean: tuple = (.485, .456, .406), # of the noise, in units of 255; with `std`, standard normal once normalised
-        std: tuple = (.229, .224, .225),
+        mean: tuple = imagenet_mean, # of the noise, in units of 255; with `std`, standard normal once normalised
+        std: tuple = imagenet_std, # deviation of the noise, likewise
         p: float = .3 # probability
     ):
         super().__init__(p=p)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
+from fastcore.meta import delegates
 from ..core import counted, natural_key, track
-from .image import ImageError, decode_image, image_files, image_header, image_suffixes, read_image
-from .sources import Sample, source_samples
+from .image import ImageError, decode_image, image_header, image_suffixes, read_image
+from .sources import DataSource, Sample, class_folders, data_source, images_in, read_classes, source_samples, split_of
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Entry:
     path: Path
     split: str # 'train', 'valid' or 'test'
     label: str # '' where there is none
+    group: str = '' # of a table: a patient, a burst of photographs
     format: str = '' # as Pillow names it
     width: int = 0 # in pixels
     height: int = 0
@@ -41,30 +42,22 @@ class Entry:
     why: str = '' # the same in words
 
 # %% ../../nbs/180_data.check.ipynb #567b6c86
-def _files(folder: Path) -> list[Path]:
-    try: return image_files(folder)
-    except ValueError: return []
-
-def _dirs(folder: Path, skip=()) -> list[Path]: # class folders
-    return sorted((o for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.') and o.name not in skip), key=natural_key)
-
 def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split → names of empty class folders
-    "Everything in train/, val|valid|validation/ and test/, or in a plain folder of classes."
-    names = dict(train='train', val='valid', valid='valid', validation='valid', test='test')
-    splits = {o: names[o.name] for o in _dirs(path) if o.name in names}
+    "Everything in the folders of the splits, or in a plain folder of classes."
+    splits = {o: split for o in class_folders(path) if (split := split_of(o.name))}
     if 'train' not in splits.values(): splits = {path: 'train', **splits}
     entries, empty = [], defaultdict(list)
     for folder, split in splits.items():
-        dirs = _dirs(folder, names if folder == path else ())
+        dirs = class_folders(folder, [o.name for o in splits] if folder == path else ())
         for d in dirs:
-            files = _files(d)
+            files = images_in(d)
             entries += [Entry(f, split, d.name) for f in files]
             if not files: empty[split].append(d.name)
-        if not dirs: entries += [Entry(f, split, '') for f in _files(folder)]
+        if not dirs: entries += [Entry(f, split, '') for f in images_in(folder)]
     return entries, empty
 
 def _sample_entries(train: list[Sample], valid: list[Sample]) -> list[Entry]:
-    return [Entry(s.path, split, s.label) for split, o in (('train', train), ('valid', valid)) for s in o]
+    return [Entry(s.path, split, s.label, s.group) for split, o in (('train', train), ('valid', valid)) for s in o]
 
 # %% ../../nbs/180_data.check.ipynb #a416daeb
 def _digest(data: bytes) -> str: return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -80,7 +73,7 @@ def _not_there(path: Path) -> str:
 
 def _inspect(e: Entry, fast: bool) -> Entry:
     "Read a file; with `fast` only its header."
-    known = {f: getattr(e, f) for f in ('path', 'split', 'label')}
+    known = {f: getattr(e, f) for f in ('path', 'split', 'label', 'group')}
     try:
         if not os.path.isfile(e.path): raise ImageError(_not_there(e.path), 'missing')
         with open(e.path, 'rb') as f: data = f.read(1 << 16 if fast else -1)
@@ -119,8 +112,8 @@ def _file_findings(entries: list[Entry]):
 
 def _loose_findings(path: Path):
     "Images that lie beside class folders, in none."
-    for folder in (path/'train', path):
-        if not folder.is_dir() or not _dirs(folder, ('val', 'valid', 'validation', 'test')): continue
+    for folder in (*(o for o in class_folders(path) if split_of(o.name) == 'train'), path):
+        if not [o for o in class_folders(folder) if folder != path or not split_of(o.name)]: continue
         loose = [[str(o)] for o in sorted(folder.iterdir()) if o.suffix.lower() in image_suffixes and o.is_file()]
         if loose: yield Finding('warning', 'loose', f"{counted(len(loose), 'image')} in no class folder, beside them: not trained on", loose)
         return
@@ -146,6 +139,24 @@ def _class_findings(entries: list[Entry], empty: dict):
     if len(has['train']) > 1:
         (most, n), (least, m) = has['train'].most_common()[0], has['train'].most_common()[-1]
         if n > 5*m: yield Finding('warning', 'imbalance', f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'")
+
+def _list_findings(entries: list[Entry], classes):
+    "What a list of class names says otherwise than the images do."
+    names = read_classes(classes) if isinstance(classes, Path) else list(classes)
+    found = {e.label for e in entries if e.label}
+    numbers = names and all(o.isdecimal() and int(o) < len(names) for o in found)
+    if found <= set(names) or not numbers:
+        extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
+    else: extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
+    if extra: yield Finding('error', 'unknown class', f"labels that are not in the class list: {', '.join(map(repr, extra))}")
+    if unused: yield Finding('warning', 'missing class', f"classes of the list without an image: {', '.join(map(repr, unused))}")
+
+def _group_findings(entries: list[Entry]):
+    "Groups that a split tears apart."
+    by_group = defaultdict(list)
+    for e in entries: by_group[e.group].append(e)
+    torn = [[str(e.path) for e in o] for g, o in by_group.items() if g and len({e.split for e in o}) > 1]
+    if torn: yield Finding('error', 'leak (group)', f"{counted(len(torn), 'group')} in more than one split: validation flatters", torn)
 
 # %% ../../nbs/180_data.check.ipynb #a494ed75
 def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> list[tuple[int, int]]:
@@ -303,20 +314,24 @@ def _counts(entries: list[Entry]) -> dict:
     return {s: {k: c[k] for k in sorted(c, key=natural_key)} for s, c in n.items()}
 
 # %% ../../nbs/180_data.check.ipynb #61f8a9be
+@delegates(DataSource, but=['path'])
 def check_data(
-    path: str|Path, # the data folder, as for `image_dls`; also what a table's relative paths are relative to
+    data: str|Path|DataSource, # the data folder, or all that a `DataSource` says of it
     *,
-    train: str = 'train', # list file of the training images, where it is a file and not a folder
-    valid: str|None = 'val', # list file of the validation images
-    csv: str|Path|pd.DataFrame|None = None, # table with columns path, label and, if you like, split, instead of folders
-    fast: bool = False # headers, class counts and files that are the same to the byte: no decoding, no near duplicates
+    fast: bool = False, # headers, class counts and files that are the same to the byte: no decoding, no near duplicates
+    **source # fields of `DataSource`: train, valid, csv …
 ) -> Findings:
-    "Read every image of a data folder and report what would hurt training."
-    path = Path(path)
+    "Read every image of a data source and report what would hurt training."
+    source = data_source(data, **source)
+    path = Path(source.path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    listed = csv is not None or train != 'train' or valid != 'val'
-    entries, empty = (_sample_entries(*source_samples(path, train, valid, csv, strict=False)), {}) if listed else _folder_entries(path)
-    return _report(path, entries, empty, fast, () if listed else _loose_findings(path))
+    entries, empty = (_sample_entries(*source_samples(source, strict=False)), {}) if _listed(source) else _folder_entries(path)
+    more = [*_group_findings(entries), *(() if _listed(source) else _loose_findings(path))]
+    if source.classes: more += _list_findings(entries, source.file('classes') or source.classes)
+    return _findings(path, entries, empty, fast, more)
+
+def _listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
+    return source.in_memory or bool(source.csv) or source.train != 'train' or source.valid != 'val'
 
 def check_samples(
     train: list[Sample], # training images
@@ -324,9 +339,9 @@ def check_samples(
     path: str|Path # where they come from, for the report
 ) -> Findings:
     "The fast part of the check, on images that are already listed: headers, class counts, files that are the same. `train` does it by itself."
-    return _report(path, _sample_entries(train, valid), {}, True)
+    return _findings(path, _sample_entries(train, valid), {}, True)
 
-def _report(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> Findings:
+def _findings(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> Findings:
     "Read the files and put together what they tell."
     with ThreadPoolExecutor(os.cpu_count() or 1) as ex:
         seen = list(track(ex.map(lambda e: _inspect(e, fast), entries), 'check images', total=len(entries)))

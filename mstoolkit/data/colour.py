@@ -12,7 +12,7 @@ import torch
 from fastai.vision.core import TensorImage
 from fasttransform import DisplayedTransform
 from torch import Tensor
-from .image import grey_weights
+from .image import grey_weights, imagenet_mean, imagenet_std
 
 # %% ../../nbs/130_data.colour.ipynb #1a556c09
 def _grey(x: Tensor) -> Tensor: # N×3×H×W → N×1×H×W
@@ -58,7 +58,7 @@ def erase_batch(
     noise: Tensor # C×H×W standard normal
 ) -> Tensor: # `x`
     "Overwrite a box of each image with noise that is standard normal under ImageNet's mean and deviation."
-    mean, std = (torch.tensor(o, device=x.device).view(3, 1, 1)*255 for o in ((.485, .456, .406), (.229, .224, .225)))
+    mean, std = (torch.tensor(o, device=x.device).view(3, 1, 1)*255 for o in (imagenet_mean, imagenet_std))
     for im, box in zip(x, boxes):
         if box: t, l, h, w = box; im[:, t:t+h, l:l+w] = (noise[:, t:t+h, l:l+w]*std + mean).clamp_(0, 255)
     return x

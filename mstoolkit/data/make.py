@@ -22,6 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from ..core import choice, new_folder, write_text
+from .image import grey_weights
 
 # %% ../../nbs/190_data.make.ipynb #872087e4
 @contextlib.contextmanager
@@ -110,10 +111,9 @@ def _small(
 # %% ../../nbs/190_data.make.ipynb #7cf2f896
 def _colours(rng: np.random.Generator) -> tuple: # paper and ink, float32 RGB
     "Two random colours, the second at least 70 grey levels darker."
-    luma = np.array([.299, .587, .114])
     while True:
         paper, ink = rng.uniform(0, 255, (2, 3))
-        if luma@(paper-ink) >= 70: return paper.astype(np.float32), ink.astype(np.float32)
+        if np.dot(grey_weights, paper-ink) >= 70: return paper.astype(np.float32), ink.astype(np.float32)
 
 def _clutter(
     im: np.ndarray, # float32 H×W×3, changed in place

@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/evaluate.interpret.html.md"""
 
 # %% auto #0
 __all__ = ['history_frame', 'plot_curves', 'valid_predictions', 'prediction_frame', 'confusion_pairs', 'plot_confusion',
-           'class_table', 'calibration_bins', 'calibration_error', 'plot_calibration']
+           'class_table', 'calibration_bins', 'calibration_error', 'plot_calibration', 'plot_cells']
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #2c83cf64
 from pathlib import Path
@@ -21,8 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..callback.progress import RunHistory
+from ..callback.tracker import metric_mode
 from ..core import natural_key
 from .stats import accuracy_interval
+from ..runs import read_history, read_predictions
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #a89404cb
 def _recorder_frame(recorder):
@@ -33,14 +35,14 @@ def _recorder_frame(recorder):
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #9597f41a
 def history_frame(
-    history: Learner|RunHistory|pd.DataFrame|str|Path # a learner, its history, the table itself, or a `history.csv`
+    history: Learner|RunHistory|pd.DataFrame|str|Path # a learner, its history, the table itself, a `history.csv` or a run folder
 ) -> pd.DataFrame: # a row per epoch, with the columns of `RunHistory`
     "The table of a run, wherever it is."
     if isinstance(history, Learner):
         history = getattr(history, 'run_history', None) or history
         if isinstance(history, Learner): history = _recorder_frame(history.recorder) if getattr(history.recorder, 'values', None) else pd.DataFrame()
     if isinstance(history, RunHistory): history = history.to_frame()
-    df = pd.read_csv(history) if isinstance(history, (str, Path)) else history
+    df = read_history(history) if isinstance(history, (str, Path)) else history
     if not len(df): raise ValueError("there is nothing to show yet: no epoch of training has ended")
     return df
 
@@ -60,7 +62,7 @@ def _best_epoch(df, monitor):
     column = monitor if monitor in df else 'valid_loss'
     values = pd.to_numeric(df[column]).dropna() if column in df else pd.Series(dtype=float)
     if not len(values): return None
-    i = values.idxmin() if 'loss' in column or 'error' in column else values.idxmax()
+    i = values.idxmin() if metric_mode(column) == 'min' else values.idxmax()
     return df.epoch[i], f'best: epoch {df.epoch[i]}, {column.replace("_", " ")} {values[i]:.4f}'
 
 def _line(ax, df, column, label, **kw):
@@ -89,7 +91,7 @@ def _draw_rates(ax, df):
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #edaa440e
 def plot_curves(
-    history: Learner|RunHistory|pd.DataFrame|str|Path, # a learner, its history, the table itself, or a `history.csv`
+    history: Learner|RunHistory|pd.DataFrame|str|Path, # a learner, its history, the table itself, a `history.csv` or a run folder
     *,
     monitor: str = 'accuracy' # the column by which the best epoch is marked; without it, validation loss
 ) -> Figure: # three panels; a notebook shows it, `.savefig` writes it
@@ -134,9 +136,7 @@ def prediction_frame(
     "The validation predictions, wherever they are."
     if isinstance(preds, Learner): return valid_predictions(preds)
     if isinstance(preds, pd.DataFrame): return preds
-    file = Path(preds)/'valid_predictions.csv' if Path(preds).is_dir() else Path(preds)
-    if not file.is_file(): raise FileNotFoundError(f"there are no predictions {str(file)!r}")
-    return pd.read_csv(file, dtype={k: str for k in ('image', 'label', 'pred_label')}, keep_default_na=False) # a class may be called '10' or 'NA'
+    return read_predictions(preds)
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #83387868
 def confusion_pairs(
@@ -254,4 +254,24 @@ def plot_calibration(
     ax.legend(loc='upper left', fontsize='small', frameon=False); ax.grid(alpha=.25)
     low.bar((b.index + .5)/n_bins, b.n, width=.9/n_bins, color=_blue, alpha=.6)
     low.set(xlabel='confidence', ylabel='images'); low.grid(axis='y', alpha=.25)
+    return fig
+
+# %% ../../nbs/520_evaluate.interpret.ipynb #3c94d89d
+def plot_cells(
+    table: pd.DataFrame # from `verdicts`
+) -> Figure:
+    "Draw the accuracy of each cell with its interval, and its difference to the baseline."
+    y, base = np.arange(len(table)), table.iloc[0]
+    fig = Figure(figsize=(11, 1.4+.42*len(table)), layout='constrained')
+    left, right = fig.subplots(1, 2, sharey=True)
+    for ax, mid, lo, hi in ((left, 'accuracy', 'low', 'high'), (right, 'diff', 'diff_low', 'diff_high')):
+        for i, r in enumerate(table.itertuples()):
+            m, a, b = (100*getattr(r, o) for o in (mid, lo, hi))
+            color, known = dict(better=palette[2], worse=palette[5]).get(r.verdict, '#666666'), a == a # NaN: a single seed has no interval
+            style = dict(fmt='o', xerr=[[m-a], [b-m]]) if known else dict(fmt='D', mfc='white')
+            if m == m: ax.errorbar(m, i, color=color, capsize=3, ms=6, **style)
+        ax.grid(axis='x', alpha=.25)
+    left.set_yticks(y, [f'{k} ({n} seed{"s"*(n > 1)})' for k, n in zip(table.index, table.seeds)]); left.set_ylim(len(y)-.5, -.5)
+    left.set(xlabel='validation accuracy, % (95 % interval)'); left.axvline(100*base.accuracy, color='#bbbbbb', lw=1, zorder=0)
+    right.set(xlabel=f'points above {table.index[0]} (95 % interval)'); right.axvline(0, color='#bbbbbb', lw=1, zorder=0)
     return fig
