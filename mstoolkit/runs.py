@@ -42,7 +42,7 @@ run_files = dict(
     left_out='left_out.txt', # images that could not be read
     curves='figures/curves.png',
     report='report.html',
-    submission='prediction.csv', # what the demo predicts for its test folder
+    submission='predictions.csv', # what the demo predicts for its test folder
     state='checkpoint/state.pt', # all that the next epoch depends on; gone when the run has ended
     lock='checkpoint/lock')
 

@@ -2,6 +2,7 @@
 import _thread
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from mstoolkit import ablation
 from mstoolkit.ablation import Study, format_table, grid, load_study, plot_study, run_study, studies, study_jobs, study_table
 from mstoolkit.data.make import make_digits, make_navon
+from mstoolkit.data.sources import data_source
 from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run
 from test_report import fake_run
@@ -34,10 +36,10 @@ def navon(tmp_path_factory): return make_navon(tmp_path_factory.mktemp('d')/'nav
 def fake_train(monkeypatch, navon):
     "Training that only leaves a run folder; `calls` tells which."
     calls = []
-    def train(r, data, out, csv):
+    def train(r, source, out):
         calls.append((r.head, r.seed))
         if r.lr == 1.: raise ValueError('this rate\nis absurd')
-        assert set(pd.read_csv(csv).split) == {'train', 'valid'}
+        assert set(pd.read_csv(data_source(source).csv).split) == {'train', 'valid'}
         fake_run(out, navon, seed=10*r.seed+len(r.head), model=False, name=r.name, head=r.head, right=.6 if r.head == 'plain' else .9)
     monkeypatch.setattr(ablation, 'train', train)
     return calls
@@ -58,7 +60,7 @@ def test_a_study_is_run_and_judged(tmp_path, navon, fake_train, capsys):
     assert fake_train == [('plain', 0), ('gated', 0), ('plain', 1), ('gated', 1), ('plain', 2), ('gated', 2)]
     assert df.verdict.to_dict() == dict(plain='baseline', gated='better')
     assert '6/6 gated, seed 2: accuracy' in capsys.readouterr().out
-    assert {o.name for o in (tmp_path/'s').iterdir()} == {'study.json', 'images.csv', 'failures.json', 'plain', 'gated', 'figures',
+    assert {o.name for o in (tmp_path/'s').iterdir()} == {'study.json', 'data.toml', 'images.csv', 'images.toml', 'failures.json', 'plain', 'gated', 'figures',
                                                          'table.txt', 'table.md', 'table.tex', 'table.csv'}
     assert len(plot_study(tmp_path/'s').axes) == 2 and len(plot_study(df).axes) == 2
     assert study_table(tmp_path/'s', baseline='gated').verdict['plain'] == 'worse'
@@ -69,11 +71,11 @@ def test_a_study_is_run_and_judged(tmp_path, navon, fake_train, capsys):
 def test_an_interrupted_study_goes_on_where_it_was(tmp_path, navon, fake_train, monkeypatch):
     whole = run_study(HEADS, navon, tmp_path/'whole', recipe=BASE, seeds=2)
     train, n = ablation.train, len(fake_train)
-    def interrupted(r, data, out, csv):
+    def interrupted(r, source, out):
         if len(fake_train) == n+2:
             Path(out).mkdir(parents=True); (Path(out)/'recipe.toml').write_text('half')
             raise KeyboardInterrupt
-        train(r, data, out, csv)
+        train(r, source, out)
     monkeypatch.setattr(ablation, 'train', interrupted)
     with pytest.raises(KeyboardInterrupt): run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=2)
     monkeypatch.setattr(ablation, 'train', train)
@@ -99,6 +101,25 @@ def test_a_folder_belongs_to_one_study(tmp_path, navon, fake_train):
     with pytest.raises(ValueError, match='already exists'): run_study(HEADS, navon, tmp_path/'other', recipe=BASE)
     with pytest.raises(ValueError, match='unknown cell'): run_study(HEADS, navon, tmp_path/'s', recipe=BASE, baseline='x')
     with pytest.raises(FileNotFoundError, match='is not a study'): study_table(navon)
+
+
+def test_a_study_is_refused_other_data(tmp_path, navon, fake_train):
+    run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=1)
+    shutil.copytree(navon, tmp_path/'other')
+    n = len(fake_train)
+    for data, more in ((tmp_path/'other', {}), (navon, dict(valid='none')), (navon, dict(folds=3))):
+        with pytest.raises(ValueError, match='holds this study on other data'): run_study(HEADS, data, tmp_path/'s', recipe=BASE, seeds=2, **more)
+    assert len(fake_train) == n                                             # said before anything was trained
+    rows = [(str(f), f.parent.name, split) for split in ('train', 'val') for f in sorted((navon/split).glob('*/*.png'))]
+    table = pd.DataFrame(rows, columns=['path', 'label', 'split'])
+    df = run_study(HEADS, navon, tmp_path/'t', recipe=BASE, seeds=1, csv=table)  # a table in memory is written down
+    pd.testing.assert_frame_equal(run_study(HEADS, navon, tmp_path/'t', recipe=BASE, seeds=1, csv=table), df)
+
+
+def test_a_baseline_without_a_finished_run_is_an_error(tmp_path, navon, fake_train):
+    study = Study('rates', dict(absurd=dict(lr=1.), plain=dict(head='plain'), gated=dict(head='gated')))
+    with pytest.raises(ValueError, match="the baseline 'absurd' has no finished run"): run_study(study, navon, tmp_path/'s', recipe=BASE, seeds=2)
+    assert list(study_table(tmp_path/'s', baseline='plain').index) == ['plain', 'gated']
 
 
 def test_a_dry_run_writes_nothing(tmp_path, navon, capsys):
@@ -160,12 +181,12 @@ def alive(pid):
 def test_processes_take_the_gpus_in_turn_and_say_what_went_wrong(tmp_path, monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
     jobs = sleepers(tmp_path, monkeypatch, device='auto')
-    ended = dict(ablation._side_by_side(jobs, 2, (tmp_path, tmp_path/'t.csv', 1)))
+    ended = dict(ablation._side_by_side(jobs, 2, (tmp_path/'t.toml', 1)))
     assert [ended[j] for j in jobs] == [None, 'this rate is absurd', None, None]
     gpus = [o['gpu'] for o in started(jobs)]
     assert set(gpus[:2]) == {'4', '7'} and set(gpus) == {'4', '7'}
     jobs = sleepers(tmp_path, monkeypatch, n=1, device='cuda:1')    # a GPU of the user's own choice
-    assert dict(ablation._side_by_side(jobs, 2, (tmp_path, tmp_path/'t.csv', 1)))
+    assert dict(ablation._side_by_side(jobs, 2, (tmp_path/'t.toml', 1)))
     assert started(jobs)[0]['gpu'] == '4,7'
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     assert ablation._gpus(3) == ([str(i % n) for i in range(3)] if (n := torch.cuda.device_count()) else ['']*3)
@@ -173,7 +194,7 @@ def test_processes_take_the_gpus_in_turn_and_say_what_went_wrong(tmp_path, monke
 
 def test_an_interruption_ends_the_processes(tmp_path, monkeypatch):
     jobs = sleepers(tmp_path, monkeypatch, seconds=60)
-    runs = ablation._side_by_side(jobs, 2, (tmp_path, tmp_path/'t.csv', 1))
+    runs = ablation._side_by_side(jobs, 2, (tmp_path/'t.toml', 1))
     next(runs)                                       # the absurd one has ended
     while len(started([jobs[0]])) < 1: time.sleep(.05)
     runs.close()
@@ -185,7 +206,7 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path):
     code = ('import os, subprocess, sys, time; p = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())]); '
             'print(p.pid, flush=True); time.sleep(60)')
     child = ('import sys, time; from mstoolkit import ablation; ablation.run_job = lambda *_: time.sleep(60); '
-             'ablation._run_below(sys.argv[1], *"abcd", 1)')
+             'ablation._run_below(sys.argv[1], *"abc", 1)')
     p = subprocess.Popen([sys.executable, '-c', code, child], stdout=subprocess.PIPE, text=True)
     with p.stdout:
         assert alive(int(p.stdout.readline()))
@@ -198,12 +219,12 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
     data, base, train = make_digits(tmp_path/'digits'), replace(BASE, epochs=4), ablation.train
-    def interrupted(r, data, out, csv):
+    def interrupted(r, source, out):
         def watch():
             while not (out/'checkpoint'/'state.pt').exists(): time.sleep(.01)
             _thread.interrupt_main()
         threading.Thread(target=watch, daemon=True).start()
-        train(r, data, out, csv=csv)
+        train(r, source, out)
     monkeypatch.setattr(ablation, 'train', interrupted)
     with pytest.raises(KeyboardInterrupt): run_study(HEADS, data, tmp_path/'a', recipe=base, seeds=1, threads=1)
     assert (tmp_path/'a'/'plain'/'.seed-0'/'checkpoint'/'state.pt').exists() and not (tmp_path/'a'/'plain'/'seed-0').exists()

@@ -213,7 +213,7 @@ def test_demo_leaves_curves_csv_and_model(tmp_path, monkeypatch, capsys):
     assert main(['demo', '--out', str(tmp_path/'demo')]) == 0
     run = tmp_path/'demo'/'runs'/'demo'
     assert 'test accuracy' in capsys.readouterr().out
-    assert len(pd.read_csv(run/'prediction.csv')) == 20 and (run/'figures'/'curves.png').stat().st_size
+    assert len(pd.read_csv(run/'predictions.csv')) == 20 and (run/'figures'/'curves.png').stat().st_size
     assert mstoolkit.demo.demo(tmp_path/'demo') >= 0 and (tmp_path/'demo'/'runs'/'demo-2').is_dir()  # a second time keeps the first
 
 

@@ -282,7 +282,7 @@ def test_more_mistakes(folder):
     with pytest.raises(ValueError, match="unknown augmentation 'lite'"): image_dls(folder, augment='lite')
     for kw in (dict(bs=0), dict(num_workers=-1)):
         with pytest.raises(ValueError, match='give 1 or more, and 0 or more'): image_dls(folder, **kw)
-    with pytest.raises(ValueError, match="unknown on_bad 'ignore'"): image_dls(folder, on_bad='ignore')
+    with pytest.raises(ValueError, match="unknown value of data source field 'on_bad': 'ignore'"): image_dls(folder, on_bad='ignore')
 
 
 @pytest.fixture

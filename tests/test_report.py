@@ -2,14 +2,17 @@
 import html
 import json
 import re
+import shlex
 import shutil
 import tomllib
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 
 import mstoolkit
 from mstoolkit.classifier import Classifier, ModelHeader
@@ -179,3 +182,37 @@ def test_the_template_is_in_the_package():
     assert (root/'templates'/'report.html').is_file()
     project = tomllib.loads((root.parent/'pyproject.toml').read_text())
     assert 'templates/*.html' in project['tool']['setuptools']['package-data']['mstoolkit']
+
+
+def commands(page):
+    "The commands that a page prints, as lists of words."
+    texts = [html.unescape(re.sub(r'<[^>]+>', '', o)) for o in re.findall(r'<(?:pre|code)[^>]*>(.*?)</(?:pre|code)>', page, re.S)]
+    return [shlex.split(line)[1:] for text in texts for line in text.splitlines() if line.startswith('mstoolkit ')]
+
+
+def parsed(words):
+    "What the command line makes of a command, without running it."
+    from mstoolkit.cli import app
+    group = typer.main.get_command(app)
+    return group.commands[words[0]].make_context(words[0], words[1:]).params
+
+
+SOURCES = [dict(), dict(valid=None), dict(valid_pct=.25, valid='none'), dict(csv='a table.csv', group='patient'), dict(train='tr.txt', valid='va.txt'),
+           dict(folds=5, fold=3), dict(classes='names.txt', on_bad='skip'), dict(cache=True), dict(cache_in='/fast disk/cache'), dict(classes=['cat', 'dog'])]
+
+
+@pytest.mark.parametrize('source', SOURCES, ids=str)
+def test_every_printed_command_is_understood_and_says_it_all(tmp_path, navon, source):
+    "Back through the command line, the printed options make the very same source."
+    run = fake_run(tmp_path/"run's folder", navon, model=False)
+    want = DataSource(navon, **source).kept_in(run)
+    want.save(run/'data.toml')
+    words, = commands(checked(write_report(run)))
+    params = parsed(words)
+    given = {f.name: params[f.name] for f in fields(DataSource) if params.get(f.name) is not None}
+    assert DataSource(params['data'], **{k: v for k, v in given.items() if k != 'path'}) == want
+    assert Path(params['recipe']) == run/'recipe.toml' and not Path(params['out']).exists()
+
+
+def test_a_command_with_a_flag_that_is_none_is_not_understood():
+    with pytest.raises(Exception, match='No such option'): parsed(['train', 'data', '--colour-on-device'])
