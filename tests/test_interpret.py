@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from mstoolkit.evaluate.interpret import (calibration_bins, calibration_error, class_table, confusion_pairs, plot_calibration, plot_confusion,
-                                 prediction_frame)
+from mstoolkit.evaluate.interpret import (calibration_bins, calibration_error, calibration_null, calibration_warning,
+                                 class_table, confusion_pairs, plot_calibration, plot_confusion, prediction_frame)
 
 
 def made_up(n, classes, seed, right=.7):
@@ -54,6 +54,60 @@ def test_calibration_error_agrees_with_a_loop(n, bins, seed):
         if len(own): want += len(own)/n*abs((own.label == own.pred_label).mean() - own.confidence.mean())
     assert calibration_error(df, bins) == pytest.approx(want, abs=1e-9)
     assert calibration_bins(df, bins).n.sum() == n
+
+
+def promised(rng, n, a, b):
+    "Predictions of a model that is right as often as it says."
+    c = rng.beta(a, b, n)
+    guess = np.where(rng.random(n) < c, 'x', 'y')
+    return pd.DataFrame(dict(label='x', pred_label=guess, confidence=c, label_confidence=c))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 999))
+def test_the_perfect_model_agrees_with_a_loop_over_drawn_labels(n, bins, seed):
+    rng, df = np.random.default_rng(seed), made_up(n, 3, seed)
+    got = calibration_null(df, bins, n_sim=4000)
+    drawn = []
+    for _ in range(300):
+        hit = rng.random(n) < df.confidence
+        drawn.append(calibration_error(df.assign(label='x', pred_label=np.where(hit, 'x', 'y')), bins))
+    drawn, ece = np.array(drawn), calibration_error(df, bins)
+    assert got.mean == pytest.approx(drawn.mean(), abs=5*drawn.std()/300**.5 + 1e-6)
+    below = [(drawn < got.high - 1e-6).mean(), (drawn <= got.high + 1e-6).mean()]  # few images have few values
+    assert below[0] <= .95+.065 and below[1] >= .95-.065
+    share = [(drawn >= ece + o).mean() for o in (1e-6, -1e-6)]
+    assert share[0] - .13 <= got.p <= share[1] + .13
+    assert calibration_null(df, bins) == calibration_null(df, bins)
+
+
+def test_the_perfect_model_is_drawn_in_parts_where_there_are_many_images():
+    df = promised(np.random.default_rng(0), 30_000, 3, 2)
+    got, small = calibration_null(df, n_sim=400), calibration_null(df.head(300), n_sim=400)
+    assert got.mean < small.mean/5 and got.high > got.mean and 1/401 <= got.p <= 1
+
+
+@pytest.mark.parametrize('a,b', [(3, 2), (18, 2)])  # accuracy .6 and .9
+def test_a_calibrated_model_is_seldom_warned_about(a, b):
+    rng = np.random.default_rng(1)
+    said = [calibration_warning(promised(rng, 300, a, b)) for _ in range(100)]
+    assert sum(map(bool, said)) <= 10, [o for o in said if o]
+
+
+def test_a_warning_says_which_way_the_confidence_errs():
+    df = promised(np.random.default_rng(2), 1000, 6, 4)
+    assert 'too high:' in calibration_warning(df.assign(confidence=df.confidence**.3))
+    assert 'too low:' in calibration_warning(df.assign(confidence=df.confidence**2))
+    both = df.assign(confidence=np.where(np.arange(1000) % 2, .99, df.confidence.clip(upper=.3)))
+    assert 'too high for some and too low for others' in calibration_warning(both)
+    assert 'a perfect model has' in calibration_warning(both)
+    assert calibration_warning(df.assign(confidence=df.confidence**.3), least=.9) == ''
+
+
+def test_one_image_has_an_interval_from_0_to_1():
+    df = made_up(1, 2, 0)
+    for table in (class_table(df), calibration_bins(df)): assert table[['low', 'high']].to_numpy().tolist() == [[0, 1]]
+    assert 'a perfect model' in plot_calibration(df).axes[0].get_title()
 
 
 @pytest.mark.parametrize('classes', [2, 15, 16, 100])

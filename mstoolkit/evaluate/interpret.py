@@ -6,9 +6,11 @@ Docs: https://mstoolkit.github.io/mstoolkit/evaluate.interpret.html.md"""
 
 # %% auto #0
 __all__ = ['history_frame', 'plot_curves', 'valid_predictions', 'prediction_frame', 'confusion_pairs', 'plot_confusion',
-           'class_table', 'calibration_bins', 'calibration_error', 'plot_calibration', 'plot_cells']
+           'class_table', 'calibration_bins', 'calibration_error', 'PerfectModel', 'calibration_null',
+           'calibration_warning', 'plot_calibration', 'plot_cells']
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #2c83cf64
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +196,6 @@ def _draw_pairs(ax, pairs: pd.DataFrame):
            title='worst pairs, true → predicted' if len(pairs) else 'no mistakes')
     ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.spines[['top', 'right']].set_visible(False)
 
-# %% ../../nbs/520_evaluate.interpret.ipynb #dfe2d6a0
-def _interval(hit): return accuracy_interval(hit) if len(hit) > 1 else (0., 1.) # one image says nothing
-
 # %% ../../nbs/520_evaluate.interpret.ipynb #367c4113
 def class_table(
     preds: Learner|pd.DataFrame|str|Path # see `prediction_frame`
@@ -208,12 +207,17 @@ def class_table(
     out = pd.DataFrame(index=pd.Index(sorted(n.index, key=natural_key), name='class'))
     out['n'], out['right'] = n, right.reindex(out.index, fill_value=0)
     out['recall'], out['precision'] = out.right/out.n, out.right/said.reindex(out.index)
-    out[['low', 'high']] = [_interval(np.arange(n) < r) for n, r in zip(out.n, out.right)]
+    out[['low', 'high']] = [accuracy_interval(np.arange(n) < r) for n, r in zip(out.n, out.right)]
     out['f1'] = 2*out.right/(out.n + said.reindex(out.index, fill_value=0))
     first = confusion_pairs(df).drop_duplicates('label').set_index('label')
     out['mistaken_for'], out['times'] = first.pred_label.reindex(out.index).fillna(''), first.n.reindex(out.index, fill_value=0)
     cols = ['n', 'right', 'recall', 'low', 'high', 'precision', 'f1', 'mistaken_for', 'times']
     return out[cols].sort_values('recall', kind='stable')
+
+# %% ../../nbs/520_evaluate.interpret.ipynb #22018b78
+def _bins(confidence: np.ndarray, n_bins: int) -> np.ndarray: # the number of each one's bin
+    "Bins of equal width, open below and closed above, as in the paper."
+    return np.clip(np.ceil(confidence*n_bins).astype(int) - 1, 0, n_bins-1)
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #22018b79
 def calibration_bins(
@@ -223,9 +227,9 @@ def calibration_bins(
     "Mean confidence and accuracy of the predictions, in bins of confidence."
     df = prediction_frame(preds)
     c, hit = df.confidence.to_numpy(), (df.label == df.pred_label).to_numpy()
-    k = np.clip(np.ceil(c*n_bins).astype(int) - 1, 0, n_bins-1) # bins are open below and closed above, as in the paper
-    rows = [dict(bin=b, n=m.sum(), confidence=c[m].mean(), accuracy=hit[m].mean(), **dict(zip(('low', 'high'), _interval(hit[m]))))
-            for b in np.unique(k) for m in [k == b]]
+    k = _bins(c, n_bins)
+    rows = [dict(bin=b, n=m.sum(), confidence=c[m].mean(), accuracy=hit[m].mean(),
+                 **dict(zip(('low', 'high'), accuracy_interval(hit[m])))) for b in np.unique(k) for m in [k == b]]
     return pd.DataFrame(rows).set_index('bin')
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #18426119
@@ -237,6 +241,57 @@ def calibration_error(
     b = calibration_bins(preds, n_bins)
     return float((b.n*(b.confidence-b.accuracy).abs()).sum()/b.n.sum())
 
+# %% ../../nbs/520_evaluate.interpret.ipynb #0fc0d68b
+@dataclass(frozen=True)
+class PerfectModel:
+    "What the expected calibration error of a model would be that keeps the promises of its confidences."
+    mean: float # on average
+    high: float # 95 % of such models stay below
+    p: float # how often one of them has an error as large as this model's
+
+def calibration_null(
+    preds: Learner|pd.DataFrame|str|Path, # see `prediction_frame`
+    n_bins: int = 15, # of equal width
+    *,
+    n_sim: int = 1000, # sets of labels to draw
+    seed: int = 0 # of the draw
+) -> PerfectModel:
+    "The calibration error that chance alone gives these confidences (consistency resampling, Bröcker & Smith 2007)."
+    df = prediction_frame(preds)
+    ece, c = calibration_error(df, n_bins), df.confidence.to_numpy()
+    drawn = _chance_errors(c, _bins(c, n_bins), n_sim, np.random.default_rng(seed))
+    as_large = (1 + int((drawn >= ece - 1e-9).sum()))/(1+n_sim)
+    return PerfectModel(float(drawn.mean()), float(np.quantile(drawn, .95)), as_large)
+
+# %% ../../nbs/520_evaluate.interpret.ipynb #0fc0d68c
+def _chance_errors(confidence: np.ndarray, bins: np.ndarray, n_sim: int, rng: np.random.Generator) -> np.ndarray:
+    "Calibration errors of `n_sim` sets of answers, each right with the confidence stated for it."
+    order = np.argsort(bins, kind='stable')
+    c, start = confidence[order], np.flatnonzero(np.diff(bins[order], prepend=-1))
+    promised, chance, out = np.add.reduceat(c, start), c.astype(np.float32), []
+    step = max(1, 5_000_000//len(c)) # sets at once: 20 MB
+    for i in range(0, n_sim, step):
+        hit = rng.random((min(step, n_sim-i), len(c)), dtype=np.float32) < chance
+        out.append(np.abs(np.add.reduceat(hit, start, axis=1, dtype=np.int32) - promised).sum(1)/len(c))
+    return np.concatenate(out)
+
+# %% ../../nbs/520_evaluate.interpret.ipynb #0fc0d68e
+def calibration_warning(
+    preds: Learner|pd.DataFrame|str|Path, # see `prediction_frame`
+    *,
+    least: float = .05 # an error below this is not worth a word, however sure it is
+) -> str: # '' where there is nothing to say
+    "What is wrong with the confidences, where it is more than one perfect model in twenty would show."
+    df = prediction_frame(preds)
+    ece = calibration_error(df)
+    if ece <= least or ece <= (perfect := calibration_null(df)).high: return ''
+    sure, right = df.confidence.mean(), (df.label == df.pred_label).mean()
+    both = 'too high for some and too low for others'
+    how = 'too high' if sure-right > ece/2 else 'too low' if right-sure > ece/2 else both
+    return (f"Confidence is {how}: {sure:.1%} on average, and right {right:.1%} of the time. "
+            f"The calibration error is {ece:.3f}; a perfect model has {perfect.mean:.3f} on so many images, "
+            f"and seldom more than {perfect.high:.3f}.")
+
 # %% ../../nbs/520_evaluate.interpret.ipynb #d86d916c
 def plot_calibration(
     preds: Learner|pd.DataFrame|str|Path, # see `prediction_frame`
@@ -244,13 +299,17 @@ def plot_calibration(
     n_bins: int = 15 # of equal width
 ) -> Figure:
     "Draw accuracy against confidence with 95 % intervals, over how many predictions each bin holds."
-    b = calibration_bins(preds, n_bins)
+    df = prediction_frame(preds)
+    b, perfect = calibration_bins(df, n_bins), calibration_null(df, n_bins)
+    title = (f'expected calibration error {calibration_error(df, n_bins):.3f}\n'
+             f'a perfect model: {perfect.mean:.3f}, 95 % below {perfect.high:.3f}')
     fig = Figure(figsize=(5, 5), layout='constrained')
     ax, low = fig.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     ax.plot([0, 1], [0, 1], color=_grey, linestyle='--', linewidth=1, label='as promised')
     bars = [(b.accuracy-b.low).clip(0), (b.high-b.accuracy).clip(0)]
-    ax.errorbar(b.confidence, b.accuracy, yerr=bars, color=_blue, marker='o', ms=4, lw=1.3, elinewidth=1, capsize=2, label='95 % interval')
-    ax.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1.02), title=f'expected calibration error {calibration_error(preds, n_bins):.3f}')
+    style = dict(marker='o', ms=4, lw=1.3, elinewidth=1, capsize=2)
+    ax.errorbar(b.confidence, b.accuracy, yerr=bars, color=_blue, label='95 % interval', **style)
+    ax.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1.02), title=title)
     ax.legend(loc='upper left', fontsize='small', frameon=False); ax.grid(alpha=.25)
     low.bar((b.index + .5)/n_bins, b.n, width=.9/n_bins, color=_blue, alpha=.6)
     low.set(xlabel='confidence', ylabel='images'); low.grid(axis='y', alpha=.25)
