@@ -46,9 +46,11 @@ class Study:
     about: str = '' # where it comes from
 
     def __post_init__(self):
-        if len(self.cells) < 2: raise ValueError(f"study {self.name!r} has {len(self.cells)} cells: a comparison needs 2 or more")
+        if len(self.cells) < 2:
+            raise ValueError(f"study {self.name!r} has {len(self.cells)} cells: a comparison needs 2 or more")
         for c, d in self.cells.items():
-            if not c or any(o in c for o in '/\\:') or c.startswith('.'): raise ValueError(f"{c!r} cannot name a cell: it is to be a folder's name")
+            if not c or any(o in c for o in '/\\:') or c.startswith('.'):
+                raise ValueError(f"{c!r} cannot name a cell: it is to be a folder's name")
             for k in d: choice(k, [f.name for f in fields(Recipe)], f'recipe field of cell {c!r}:', max_listed=50)
             if 'seed' in d: raise ValueError(f"cell {c!r} sets the seed: a study gives every cell the same seeds")
 
@@ -58,18 +60,20 @@ def grid(
 ) -> dict: # cell → recipe fields; the first values come first
     "Every combination of the values, named by them."
     def name(f, v): return v if isinstance(v, str) else f'{f} {v:g}' if not isinstance(v, bool) else f if v else f'no {f}'
-    return {', '.join(name(f, v) for f, v in zip(values, o)): dict(zip(values, o)) for o in itertools.product(*values.values())}
+    every = itertools.product(*values.values())
+    return {', '.join(name(f, v) for f, v in zip(values, o)): dict(zip(values, o)) for o in every}
 
 # %% ../nbs/740_ablation.ipynb #5731edf8
 _mix = dict(cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6))
 
 studies = {s.name: s for s in (
-    Study('loss-mix', grid(loss=['cross-entropy', 'smoothed'], cutmix=[0., .5]), "Report A, section 3.1: CutMix and label smoothing on the baseline"),
+    Study('loss-mix', grid(loss=['cross-entropy', 'smoothed'], cutmix=[0., .5]),
+          "Report A, section 3.1: CutMix and label smoothing on the baseline"),
     Study('fusion', grid(head=['plain', 'pyramid', 'gated'], loss=['cross-entropy', 'smoothed']),
           "Report A, section 3.2 and table 1: fusion and loss"),
     Study('mix-prob', {f'p {p:g}': dict(cutmix=p, mixup=p, **_mix) for p in (0., .1, .2, .3, .4, .5)},
           "Report B: the probability of MixUp and of CutMix"),
-    Study('backbones', {n.removeprefix('mix-'): dict(backbone=r.backbone) for n, r in recipes.items() if n.startswith('mix-')},
+    Study('backbones', {n[4:]: dict(backbone=r.backbone) for n, r in recipes.items() if n.startswith('mix-')},
           "Report B: backbones"))}
 
 # %% ../nbs/740_ablation.ipynb #bdc64016
@@ -80,7 +84,8 @@ def load_study(
     if str(source) in studies: return studies[str(source)]
     d = read_toml(source, 'study', studies)
     for k in d: choice(k, ['name', 'about', 'cells', 'grid'], 'key of a study file:')
-    if ('cells' in d) == ('grid' in d): raise ValueError(f"study file {str(source)!r} needs either [cells.NAME] tables or a [grid] table")
+    if ('cells' in d) == ('grid' in d):
+        raise ValueError(f"study file {str(source)!r} needs either [cells.NAME] tables or a [grid] table")
     return Study(d.get('name', Path(source).stem), d.get('cells') or grid(**d['grid']), d.get('about', ''))
 
 # %% ../nbs/740_ablation.ipynb #e8dc00b6
@@ -140,7 +145,8 @@ def _start(job: Job, source: Path, threads: int, gpu: str|None = None) -> subpro
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
     cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, source, threads))]
-    with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f: return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
+    with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f:
+        return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
 
 def _outcome(job: Job, code: int) -> str|None:
     "The last line of the log of a run that failed."
@@ -207,7 +213,8 @@ def _write_images(dls: DataLoaders, source: DataSource, out: Path):
     sets, images = dict(train=dls.train_ds, valid=dls.valid_ds), study_file(out, 'images')
     rows = [(str(Path(s.path).resolve()), s.label, split) for split, ds in sets.items() for s in ds.items]
     write_text(images, pd.DataFrame(rows, columns=['path', 'label', 'split']).to_csv(index=False))
-    DataSource(source.path, csv=images, classes=source.classes, cache=source.cache, cache_in=source.cache_in).save(study_file(out, 'run_source'))
+    listed = DataSource(source.path, csv=images, classes=source.classes, cache=source.cache, cache_in=source.cache_in)
+    listed.save(study_file(out, 'run_source'))
 
 def _settle(study: Study, base: Recipe, source: DataSource, out: Path) -> DataSource: # the source, all of it in files
     "Take the folder, or make sure that it is this study's, on these data."
@@ -224,7 +231,8 @@ def _settle(study: Study, base: Recipe, source: DataSource, out: Path) -> DataSo
         raise ValueError(f"{str(out)!r} holds another study (other cells or base recipe): choose another folder")
     if source.in_memory: source = replace(source, csv=then.csv) # a table in memory was written down then
     if source.resolved() != then:
-        raise ValueError(f"{str(out)!r} holds this study on other data ({then.path}): choose another folder, or give it the same data")
+        raise ValueError(f"{str(out)!r} holds this study on other data ({then.path}): "
+                         "choose another folder, or give it the same data")
     return then
 
 # %% ../nbs/740_ablation.ipynb #d8d206fb
@@ -280,18 +288,21 @@ def run_study(
     "Train every cell of a study with every seed, and judge them."
     study = study if isinstance(study, Study) else load_study(study)
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if base.memory_format == 'auto': base = replace(base, memory_format='contiguous') # a stopwatch's choice could differ between runs
+    # a stopwatch's choice could differ between runs
+    if base.memory_format == 'auto': base = replace(base, memory_format='contiguous')
     source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
     if seeds < 1 or jobs < 1: raise ValueError(f"seeds is {seeds} and jobs {jobs}: give 1 or more")
     todo = study_jobs(study, base, seeds, out)
     if dry_run: return _plan(todo, source, jobs)
     source = _settle(study, base, source, out)
-    if not study_file(out, 'run_source').is_file(): _write_images(recipe_dls(replace(base, num_workers=0), source), source, out)
+    if not study_file(out, 'run_source').is_file():
+        _write_images(recipe_dls(replace(base, num_workers=0), source), source, out)
     failures, left = {}, [j for j in todo if not j.done]
     for j in left: j.folder.parent.mkdir(parents=True, exist_ok=True)
     args = study_file(out, 'run_source'), threads or max(1, (os.cpu_count() or 1)//jobs)
-    with closing(_on_ray(left, args) if ray else _side_by_side(left, jobs, args) if jobs > 1 else _here(left, args)) as ended:
+    ending = _on_ray(left, args) if ray else _side_by_side(left, jobs, args) if jobs > 1 else _here(left, args)
+    with closing(ending) as ended:
         for i, (j, error) in enumerate(ended, 1):
             if error: failures[j.name] = error
             print(f'{i}/{len(left)} {j.name}: {error or f"accuracy {Run(j.folder).accuracy:.4f}"}', flush=True)
@@ -312,11 +323,13 @@ def study_table(
 ) -> pd.DataFrame: # from `verdicts`
     "Judge the finished runs of a study, and write the tables and the figure."
     runs = study_runs(out)
-    if not runs: raise ValueError(f"no run of the study in {str(out)!r} is finished: see its failures.json and .log files")
+    if not runs:
+        raise ValueError(f"no run of the study in {str(out)!r} is finished: "
+                         f"see its {study_file(out, 'failures').name} and .log files")
     base = baseline or next(iter(read_study(out)['cells']))
     if base not in runs:
-        raise ValueError(f"the baseline {base!r} has no finished run in {str(out)!r}, see {study_file(out, 'failures').name}: mend it, "
-                         "or choose another with baseline= (--baseline)")
+        raise ValueError(f"the baseline {base!r} has no finished run in {str(out)!r}, see {study_file(out, 'failures').name}: "
+                         "mend it, or choose another with baseline= (--baseline)")
     df = verdicts(correct_cells(runs), base)
     for kind, end in dict(text='txt', markdown='md', latex='tex', csv='csv').items():
         write_text(Path(out)/f'table.{end}', format_table(df, kind))
@@ -337,7 +350,8 @@ def _shown(df: pd.DataFrame) -> pd.DataFrame:
     def unless_base(values, form): return ['' if v == 'baseline' else format(o, form) for o, v in zip(values, df.verdict)]
     cols = dict(cell=df.index, seeds=df.seeds.astype(str),
                 accuracy=[f'{100*a:.1f} ({100*l:.1f} to {100*h:.1f})' for a, l, h in zip(df.accuracy, df.low, df.high)],
-                points=unless_base(100*df['diff'], '+.1f'), interval=[span(a, b) for a, b in zip(df.diff_low, df.diff_high)],
+                points=unless_base(100*df['diff'], '+.1f'),
+                interval=[span(a, b) for a, b in zip(df.diff_low, df.diff_high)],
                 images=unless_base(df.diff_images, '+.0f'), mcnemar_p=unless_base(df.mcnemar_p, '.3g'),
                 verdict=[f'{v}: {n}' if n else v for v, n in zip(df.verdict, df.note)])
     return pd.DataFrame(cols).rename(columns={'interval': '95 % interval', 'mcnemar_p': 'McNemar p'})
@@ -355,11 +369,17 @@ def _latex(df: pd.DataFrame) -> str:
     body = _lines(_shown(df).rename(columns=_tex).map(_tex), ' & ', end=' \\\\')
     return '\\begin{tabular}{lrrrrrrp{5cm}}\n\\hline\n' + body + '\\hline\n\\end{tabular}\n'
 
-_formats = {'text': lambda df: _lines(_shown(df), '  ', rule='-'),
+def _text(df: pd.DataFrame) -> str:
+    "Columns, and below them how the cells were tested."
+    said = [*df.attrs.get('warnings', ()), *filter(None, [df.attrs.get('how')])]
+    return _lines(_shown(df), '  ', rule='-') + ''.join(f'\n{o}\n' for o in said)
+
+_formats = {'text': _text,
             'markdown': lambda df: _lines(_shown(df).replace('[|]', r'\\|', regex=True), ' | ', '| ', ' |', '-'),
             'latex': _latex, 'csv': lambda df: df.to_csv()}
 
-_tex_chars = {c: f'\\{c}' for c in '%&_#${}'} | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+_tex_chars = {c: f'\\{c}' for c in '%&_#${}'}
+_tex_chars |= {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
 
 def _tex(s: str) -> str: return ''.join(_tex_chars.get(c, c) for c in s)
 

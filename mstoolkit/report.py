@@ -25,10 +25,10 @@ from matplotlib.ticker import MaxNLocator
 
 from . import __version__
 from .classifier import Classifier
-from .core import check_new, choice, write_text
+from .core import check_new, choice, counted, write_text
 from .evaluate.attribution import overlay, plot_shares, scale_attribution, scale_shares
-from .evaluate.interpret import (calibration_error, class_table, confusion_pairs, palette, plot_calibration, plot_cells,
-                                          plot_confusion, plot_curves)
+from .evaluate.interpret import (calibration_error, calibration_null, calibration_warning, class_table, confusion_pairs,
+                                          palette, plot_calibration, plot_cells, plot_confusion, plot_curves)
 from .evaluate.stats import accuracy_interval, verdicts
 from .runs import Run, correct_cells, group_runs, run_file, run_folders
 
@@ -41,25 +41,29 @@ def run_warnings(
     best = run.env.get('best_epoch')
     low, high = accuracy_interval(run.correct.to_numpy())
     if high-low > .04:
-        out.append(f"Accuracy is known to ±{50*(high-low):.1f} points only: {len(run.preds):,} validation images cannot tell close models apart.")
+        out.append(f"Accuracy is known to ±{50*(high-low):.1f} points only: {counted(len(run.preds), 'validation image')} "
+                   "cannot tell close models apart.")
     if best == len(h) and len(h) > 1: out.append("The last epoch was the best: more epochs would probably help.")
     if {'train_accuracy', 'accuracy'} <= set(h) and not h.get('mixed', pd.Series([False])).any():
         gap = h.train_accuracy.iloc[-1] - h.accuracy.iloc[-1]
-        if gap > .1: out.append(f"Training accuracy is {100*gap:.0f} points above validation: try mixing, augmentation or a smaller model.")
-    ece = calibration_error(run.preds)
-    if ece > .05:
-        sure = run.preds.confidence.mean()
-        out.append(f"Confidence is too {'high' if sure > run.accuracy else 'low'}: {sure:.1%} on average, and right {run.accuracy:.1%} of the time.")
+        if gap > .1:
+            out.append(f"Training accuracy is {100*gap:.0f} points above validation: "
+                       "try mixing, augmentation or a smaller model.")
+    if said := calibration_warning(run.preds): out.append(said)
     if 'data_wait' in h and len(h) > 1 and h.data_wait[1:].mean() > .15:
-        out.append(f"{h.data_wait[1:].mean():.0%} of the training time went into waiting for data: more workers or smaller images would speed it up.")
-    if run.left_out: out.append(f"{len(run.left_out):,} images could not be read and were left out: {_some(run.left_out, 3)}.")
+        out.append(f"{h.data_wait[1:].mean():.0%} of the training time went into waiting for data: "
+                   "more workers or smaller images would speed it up.")
+    if run.left_out:
+        out.append(f"{len(run.left_out):,} images could not be read and were left out: {_some(run.left_out, 3)}.")
     out += run.env.get('data', {}).get('warnings', [])
     t = class_table(run.preds)
     if (t.right == 0).any(): out.append(f"Never recognised: {_some(t.index[t.right == 0])}.")
-    if n.max() > 5*n.min(): out.append(f"The classes are uneven: {n.min()} to {n.max()} validation images; accuracy speaks for the large ones.")
+    if n.max() > 5*n.min():
+        out.append(f"The classes are uneven: {n.min()} to {n.max()} validation images; accuracy speaks for the large ones.")
     return out
 
-def _some(names, most: int = 8) -> str: return ', '.join(map(str, names[:most])) + (f' and {len(names)-most} more' if len(names) > most else '')
+def _some(names, most: int = 8) -> str:
+    return ', '.join(map(str, names[:most])) + (f' and {len(names)-most} more' if len(names) > most else '')
 
 # %% ../nbs/730_report.ipynb #3ad00842
 def _figure(fig: Figure, alt: str, caption: str = '', dpi: int = 95) -> dict:
@@ -72,12 +76,14 @@ def _figure(fig: Figure, alt: str, caption: str = '', dpi: int = 95) -> dict:
 def _uri(b: bytes, kind: str) -> str: return f'data:image/{kind};base64,{base64.b64encode(b).decode()}'
 
 def _jpeg(im: np.ndarray) -> str: # uint8 RGB
-    return _uri(cv2.imencode('.jpg', np.ascontiguousarray(im[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes(), 'jpeg')
+    bgr = np.ascontiguousarray(im[..., ::-1])
+    return _uri(cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes(), 'jpeg')
 
 # %% ../nbs/730_report.ipynb #cfe43a9e
 def _table(caption: str, columns: dict, rows: list, sorted: int = -1) -> dict:
-    "A sortable table: `columns` is title → whether it holds text; a cell is text, or (text, value to sort by) or (text, value, CSS class)."
-    def cell(c): return dict(zip(('text', 'value', 'cls'), c)) if isinstance(c, tuple) else dict(text=c, value='', cls='text')
+    "A sortable table: `columns` is title → whether it holds text; a cell is text, or (text, value to sort by, CSS class)."
+    def cell(c):
+        return dict(zip(('text', 'value', 'cls'), c)) if isinstance(c, tuple) else dict(text=c, value='', cls='text')
     cols = [dict(title=k, text=v) for k, v in columns.items()]
     return dict(caption=caption, columns=cols, rows=[[cell(c) for c in r] for r in rows], sorted=sorted)
 
@@ -92,12 +98,18 @@ def _cards(run: Run) -> list:
     low, high = accuracy_interval(run.correct.to_numpy())
     n, wrong, best = len(run.preds), int((~run.correct).sum()), run.env.get('best_epoch')
     size = run.file('model').stat().st_size if run.file('model').is_file() else 0
-    return [dict(title='Validation accuracy', value=f'{run.accuracy:.1%}', note=f'95 % interval {low:.1%} to {high:.1%}'),
+    ece, perfect = calibration_error(run.preds), calibration_null(run.preds)
+    chosen = f'; epoch {best} was chosen on them, which flatters' if best and len(run.history) > 1 else ''
+    accuracy_note = f'95 % interval {low:.1%} to {high:.1%} over these images, not over seeds{chosen}'
+    model_note = f'{run.recipe.head} head on {run.recipe.backbone}'
+    return [dict(title='Validation accuracy', value=f'{run.accuracy:.1%}', note=accuracy_note),
             dict(title='Mistakes', value=f'{wrong:,}', note=f'of {n:,} images in {run.preds.label.nunique()} classes'),
-            dict(title='Calibration error', value=f'{calibration_error(run.preds):.3f}', note='ECE, 15 bins; 0 is perfect'),
+            dict(title='Calibration error', value=f'{ece:.3f}',
+                 note=f'ECE, 15 bins; a perfect model of that size: {perfect.mean:.3f}, seldom over {perfect.high:.3f}'),
             dict(title='Best epoch', value=str(best or '–'), note=f'of {len(run.history)}'),
-            dict(title='Training time', value=_clock(run.env.get('seconds', 0)), note=run.env.get('gpu') or run.env.get('device', '')),
-            dict(title='Model file', value=f'{size/1e6:.0f} MB' if size else '–', note=f'{run.recipe.head} head on {run.recipe.backbone}')]
+            dict(title='Training time', value=_clock(run.env.get('seconds', 0)),
+                 note=run.env.get('gpu') or run.env.get('device', '')),
+            dict(title='Model file', value=f'{size/1e6:.0f} MB' if size else '–', note=model_note)]
 
 # %% ../nbs/730_report.ipynb #ed175b8f
 def _curves(run: Run) -> dict:
@@ -106,7 +118,8 @@ def _curves(run: Run) -> dict:
     alt = f'Loss, accuracy and learning rate over {len(h)} epochs.{end}'
     note = ('Training images were mixed: training accuracy counts each image by the share of each of its two labels, '
             'and is lower than it would be on plain images.')
-    return dict(title='Curves', figures=[_figure(plot_curves(h, monitor=run.recipe.monitor), alt, note if mixed else '')], kind='wide')
+    fig = _figure(plot_curves(h, monitor=run.recipe.monitor), alt, note if mixed else '')
+    return dict(title='Curves', figures=[fig], kind='wide')
 
 def _confusion(run: Run) -> dict:
     pairs = confusion_pairs(run.preds)
@@ -116,15 +129,19 @@ def _confusion(run: Run) -> dict:
     return dict(title='Confusions', figures=[fig], kind='wide')
 
 def _calibration(run: Run) -> dict:
-    fig = _figure(plot_calibration(run.preds), f'Accuracy against confidence; expected calibration error {calibration_error(run.preds):.3f}.',
-                  'Points on the dashed line are as often right as their confidence promises; below it the model promises too much.')
+    alt = f'Accuracy against confidence; expected calibration error {calibration_error(run.preds):.3f}.'
+    fig = _figure(plot_calibration(run.preds), alt, 'Points on the dashed line are as often right as their confidence promises; '
+                  'below it the model promises too much.')
     return dict(title='Calibration', figures=[fig], kind='narrow')
 
 def _classes(run: Run) -> dict:
-    rows = [[str(c), (int(r.n), int(r.n)), _pct(r.recall), (f'{100*r.low:.0f} to {100*r.high:.0f} %', r.low), _pct(r.precision),
-             (f'{r.f1:.2f}', r.f1), (f'{r.mistaken_for} ({r.times})' if r.times else '', r.mistaken_for, 'text')]
-            for c, r in class_table(run.preds).iterrows()]
-    cols = dict.fromkeys(('class', 'images', 'recall', '95 % interval', 'precision', 'F1'), False) | {'class': True, 'mostly mistaken for': True}
+    def row(c, r):
+        interval, mistaken = f'{100*r.low:.0f} to {100*r.high:.0f} %', f'{r.mistaken_for} ({r.times})' if r.times else ''
+        return [str(c), (int(r.n), int(r.n)), _pct(r.recall), (interval, r.low), _pct(r.precision), (f'{r.f1:.2f}', r.f1),
+                (mistaken, r.mistaken_for, 'text')]
+    rows = [row(c, r) for c, r in class_table(run.preds).iterrows()]
+    numbers = 'images', 'recall', '95 % interval', 'precision', 'F1'
+    cols = {'class': True} | dict.fromkeys(numbers, False) | {'mostly mistaken for': True}
     caption = 'Validation images by class, worst recall first. Press a heading to sort by it.'
     return dict(title='Class by class', table=_table(caption, cols, rows, sorted=2))
 
@@ -132,10 +149,10 @@ def _classes(run: Run) -> dict:
 def _repeat(run: Run) -> dict:
     "The recipe, and the command that repeats the run."
     folder = run.path.resolve()
-    cmd = shlex.join(['mstoolkit', 'train', run.source.path, '--recipe', str(run_file(folder, 'recipe')), '--out', f'{folder}-again',
-                      *run.source.options()])
-    return dict(title='How to repeat it', code=[dict(title='Give the data and the recipe that the run folder holds:', text=cmd, open=True),
-                                               dict(title='The recipe', text=run.recipe.to_toml())])
+    cmd = shlex.join(['mstoolkit', 'train', run.source.path, '--recipe', str(run_file(folder, 'recipe')),
+                      '--out', f'{folder}-again', *run.source.options()])
+    how = dict(title='Give the data and the recipe that the run folder holds:', text=cmd, open=True)
+    return dict(title='How to repeat it', code=[how, dict(title='The recipe', text=run.recipe.to_toml())])
 
 def _facts(run: Run) -> dict:
     "Data, time and hardware."
@@ -143,20 +160,21 @@ def _facts(run: Run) -> dict:
     d = e.get('data', {})
     left_out = f", {len(run.left_out):,} left out" if run.left_out else ''
     images = f"{d.get('train', 0):,} for training, {len(run.preds):,} for validation{left_out}"
-    each = (f"{_spread(d['train_per_class'])} training and " if 'train_per_class' in d else '') + f'{_spread(n)} validation images each'
+    trained = f"{_spread(d['train_per_class'])} training and " if 'train_per_class' in d else ''
+    each, started = f'{trained}{_spread(n)} validation images each', e.get('started', '–')
     wait = f", {h.data_wait.mean():.0%} of it waiting for data" if 'data_wait' in h else ''
     machine = e.get('platform'), e.get('gpu') or e.get('device'), f"{e.get('processors', '?')} threads"
-    facts = {'Data': run.source.path, 'Images': images,
-             'Classes': f"{d.get('classes', len(n))}; {each}",
-             'Time': f"{_clock(e.get('seconds', 0))}; {_clock(h.seconds.mean())} an epoch{wait}", 'Machine': ', '.join(filter(None, machine)),
-             'Started': e.get('started', '–'), 'Versions': ', '.join(f'{k} {v}' for k, v in e.get('versions', {}).items())}
+    facts = {'Data': run.source.path, 'Images': images, 'Classes': f"{d.get('classes', len(n))}; {each}",
+             'Time': f"{_clock(e.get('seconds', 0))}; {_clock(h.seconds.mean())} an epoch{wait}",
+             'Machine': ', '.join(filter(None, machine)), 'Started': started,
+             'Versions': ', '.join(f'{k} {v}' for k, v in e.get('versions', {}).items())}
     return dict(title='Data, time and hardware', facts=facts)
 
 def _spread(n) -> str: return f'{min(n):,}' if min(n) == max(n) else f'{min(n):,} to {max(n):,}'
 
 # %% ../nbs/730_report.ipynb #dd076c8a
 def _image_batches(run: Run, clf: Classifier, rows: pd.DataFrame, bs: int = 32) -> Iterator[tuple]:
-    "Batches of (uint8 images, normalised images, rows of the table) of the validation images that are still where the run found them."
+    "Batches of (uint8 images, normalised images, rows of the table) of the images that are still where the run found them."
     root = Path(run.source.path)
     files = {root/o: i for i, o in enumerate(rows.image) if (root/o).is_file()}
     for x, xn, ok, _ in clf.batches(list(files), bs=bs, num_workers=0):
@@ -171,7 +189,8 @@ def _tiles(im: np.ndarray, attr, i: int) -> list:
     maps = [m[i].numpy()*m[0].numel() for m in attr.maps] # per area, so that scales of different resolution compare
     top = max(np.abs(m).max() for m in maps) or 1
     for m, s, t in zip(maps, attr.strides, attr.totals[i].tolist()):
-        tiles.append(dict(src=_jpeg(overlay(im/np.float32(255), m, top, 160)), alt=f'contributions at stride {s}', caption=_minus(f'stride {s}: {t:+.1f}')))
+        tiles.append(dict(src=_jpeg(overlay(im/np.float32(255), m, top, 160)), alt=f'contributions at stride {s}',
+                          caption=_minus(f'stride {s}: {t:+.1f}')))
     return tiles
 
 # %% ../nbs/730_report.ipynb #f014a901
@@ -184,11 +203,12 @@ def _losses(run: Run, clf: Classifier, n: int = 12) -> dict:
         try: attr = scale_attribution(clf, xn, compare=(own.pred_label.tolist(), own.label.tolist()))
         except ValueError: attr = None # a head whose logits are no sum
         for i, (im, r) in enumerate(zip(x.permute(0, 2, 3, 1).numpy(), own.itertuples())):
-            section['losses'].append(dict(title=f'{r.label}, taken for {r.pred_label}', tiles=_tiles(im, attr, i),
-                                          text=f'{r.image}: {r.confidence:.0%} sure of {r.pred_label}, {r.label_confidence:.1%} of {r.label}'))
-    if not section['losses']: return section | dict(text=f"The images are no longer at {run.source.path} and cannot be shown.")
-    how = (' Beside each, what each scale adds to the lead of the predicted class over the true one, exactly: red speaks for the wrong answer, '
-           'blue for the right one.') if len(section['losses'][0]['tiles']) > 1 else ''
+            text = f'{r.image}: {r.confidence:.0%} sure of {r.pred_label}, {r.label_confidence:.1%} of {r.label}'
+            section['losses'].append(dict(title=f'{r.label}, taken for {r.pred_label}', tiles=_tiles(im, attr, i), text=text))
+    if not section['losses']:
+        return section | dict(text=f"The images are no longer at {run.source.path} and cannot be shown.")
+    how = (' Beside each, what each scale adds to the lead of the predicted class over the true one, exactly: '
+           'red speaks for the wrong answer, blue for the right one.') if len(section['losses'][0]['tiles']) > 1 else ''
     return section | dict(text=f'The images with the least confidence in the right answer.{how}')
 
 # %% ../nbs/730_report.ipynb #e29aad4f
@@ -206,7 +226,8 @@ def _shares(run: Run, clf: Classifier, seconds: float) -> dict|None:
     of = df.filter(like='share').mul(df.n, axis=0).sum()/df.n.sum()
     text = ', '.join(f"stride {k.split('_')[1]} {v:.0%}" for k, v in of.items())
     gates = ' Right: the gates.' if any(mean.columns.str.startswith('gate')) else ''
-    alt, caption = f'Share of each scale by class; over all classes {text}.', f'Shares by class, sorted by the finest scale.{gates}'
+    alt = f'Share of each scale by class; over all classes {text}.'
+    caption = f'Shares by class, sorted by the finest scale.{gates}'
     fig = _figure(plot_shares(mean), alt, caption, 80)
     return dict(title='What each scale gives', kind='narrow', figures=[fig],
                 text=f'Of what sets a class apart from the others, over {df.n.sum():,.0f} validation images: {text}.')
@@ -220,9 +241,12 @@ def _curves_of(groups: dict) -> Figure:
         style = dict(color=palette[k % len(palette)], ls=('-', '--', '-.', ':')[k//len(palette) % 4], lw=1.4, alpha=.85)
         for i, r in enumerate(runs):
             for ax, col in zip(axs, ('accuracy', 'valid_loss')):
-                if col in r.history: ax.plot(r.history.epoch, r.history[col], label=name if not i and col == 'accuracy' else None, **style)
+                if col not in r.history: continue
+                ax.plot(r.history.epoch, r.history[col], label=name if not i and col == 'accuracy' else None, **style)
     for ax, t in zip(axs, ('validation accuracy', 'validation loss')):
-        ax.set(xlabel='epoch', ylabel=t); ax.grid(alpha=.25); ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        ax.set(xlabel='epoch', ylabel=t)
+        ax.grid(alpha=.25)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     fig.legend(loc='outside upper center', ncols=min(len(groups), 4), frameon=False, fontsize=9)
     return fig
 
@@ -232,8 +256,8 @@ def _verdict_table(df: pd.DataFrame) -> dict:
     rows = []
     for name, r in df.iterrows():
         interval = f' ({_points(r.diff_low)} to {_points(r.diff_high)})' if r.diff_low == r.diff_low else ''
-        diffs = [(_points(r['diff']) + interval, r['diff']), (_minus(f'{r.diff_images:+.0f}'), r.diff_images), (f'{r.won}/{r.lost}', r.won),
-                 (f'{r.mcnemar_p:.2g}', r.mcnemar_p)]
+        diffs = [(_points(r['diff']) + interval, r['diff']), (_minus(f'{r.diff_images:+.0f}'), r.diff_images),
+                 (f'{r.won}/{r.lost}', r.won), (f'{r.mcnemar_p:.2g}', r.mcnemar_p)]
         if r.verdict == 'baseline': diffs = [('', '')]*4
         rows.append([name, (r.verdict, r.verdict, f'text {r.verdict}'), (r.seeds, r.seeds),
                      (f'{100*r.accuracy:.1f} ({100*r.low:.1f} to {100*r.high:.1f})', r.accuracy), *diffs])
@@ -250,11 +274,13 @@ def _comparison(groups: dict, baseline: str|None) -> dict:
         rows = [[k, (len(v), len(v)), _pct(np.mean([r.accuracy for r in v]))] for k, v in groups.items()]
         table = _table('Validation accuracy', dict(cell=True, seeds=False, accuracy=False), rows)
         return dict(text=f'There are no verdicts: {e}.', table=table, figures=figures)
-    legend = ('Accuracies are means over seeds; intervals cover seeds and images. Won/lost: validation images on which the cell did better or worse '
-              "than the baseline. A verdict needs both the interval's test and McNemar's exact test to pass, after Holm's correction.")
+    legend = ('Accuracies are means over seeds; intervals cover seeds and images, with a single seed the images alone. '
+              'Each run shows its best epoch, chosen on these images, which flatters all cells alike. '
+              f"Won/lost: validation images on which the cell did better or worse than the baseline. {df.attrs['how']}")
+    alt = 'Accuracy of each cell and its difference to the baseline, with 95 % intervals.'
     return dict(text=f'Every cell against {df.index[0]}, on {df.images.iloc[0]:,} validation images.', legend=legend,
-                table=_verdict_table(df), notes=[f'{k}: {v}' for k, v in df.note.items() if v],
-                figures=[_figure(plot_cells(df), 'Accuracy of each cell and its difference to the baseline, with 95 % intervals.'), *figures])
+                table=_verdict_table(df), notes=[*df.attrs['warnings'], *(f'{k}: {v}' for k, v in df.note.items() if v)],
+                figures=[_figure(plot_cells(df), alt), *figures])
 
 # %% ../nbs/730_report.ipynb #9b3734fa
 def _run_page(run: Run, name: str, seconds: float) -> dict:
@@ -263,13 +289,14 @@ def _run_page(run: Run, name: str, seconds: float) -> dict:
     sections = [_curves(run), _confusion(run), _classes(run), _calibration(run)]
     if clf: sections += [_losses(run, clf), _shares(run, clf, seconds)]
     r = run.recipe
-    text = f"{r.head} head on {r.backbone}, {'pretrained' if r.pretrained else 'from scratch'}, {r.size} px; {r.loss} loss, seed {r.seed}."
-    return dict(name=name, text=text, cards=_cards(run), warnings=run_warnings(run), sections=[*filter(None, sections), _repeat(run), _facts(run)])
+    begun = 'pretrained' if r.pretrained else 'from scratch'
+    return dict(name=name, text=f"{r.head} head on {r.backbone}, {begun}, {r.size} px; {r.loss} loss, seed {r.seed}.",
+                cards=_cards(run), warnings=run_warnings(run), sections=[*filter(None, sections), _repeat(run), _facts(run)])
 
 # %% ../nbs/730_report.ipynb #52bd4efe
 def write_report(
     runs: str|Path|list, # a run folder or the folder of a study, or several
-    out: str|Path|None = None, # the HTML file to write; `report.html` in the first folder when not given, which is rewritten
+    out: str|Path|None = None, # the HTML file to write; by default `report.html` in the first folder, which is rewritten
     *,
     baseline: str|None = None, # the cell that the others are compared with; the first when not given
     title: str|None = None, # of the page
@@ -283,9 +310,12 @@ def write_report(
     if baseline is not None: choice(baseline, groups, 'baseline')
     out = check_new(out, 'report') if out else run_file(paths[0], 'report')
     best = {k: max(v, key=lambda r: r.accuracy) for k, v in groups.items()}
-    pages = [_run_page(r, k if len(groups[k]) == 1 else f'{k}, best of {len(groups[k])} seeds', share_seconds/len(best)) for k, r in best.items()]
+    names = {k: k if len(v) == 1 else f'{k}, best of {len(v)} seeds' for k, v in groups.items()}
+    pages = [_run_page(r, names[k], share_seconds/len(best)) for k, r in best.items()]
     title = title or (next(iter(groups)) if len(groups) == 1 else f'{len(groups)} models compared')
-    env = jinja2.Environment(loader=jinja2.PackageLoader('mstoolkit'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = env.get_template('report.html').render(title=title, written=time.strftime('%d %B %Y, %H:%M'), version=__version__, runs=pages,
-                                                  comparison=_comparison(groups, baseline) if len(found) > 1 else None)
+    loader = jinja2.PackageLoader('mstoolkit')
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = env.get_template('report.html').render(
+        title=title, written=time.strftime('%d %B %Y, %H:%M'), version=__version__, runs=pages,
+        comparison=_comparison(groups, baseline) if len(found) > 1 else None)
     return write_text(out, page)
