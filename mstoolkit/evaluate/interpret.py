@@ -33,16 +33,19 @@ def _recorder_frame(recorder):
     "The last fit as fastai's recorder has it, in `RunHistory`'s columns."
     names = [n if n == 'valid_loss' else n.removeprefix('valid_') for n in recorder.metric_names[1:] if n != 'time']
     df = pd.DataFrame([v for v in recorder.values if len(v) == len(names)], columns=names)
-    return df.assign(phase='fit', epoch=range(1, len(df)+1), mixed=False, lr_0=[recorder.lrs[i-1] for i in recorder.iters][-len(df):])
+    lrs = [recorder.lrs[i-1] for i in recorder.iters][-len(df):]
+    return df.assign(phase='fit', epoch=range(1, len(df)+1), mixed=False, lr_0=lrs)
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #9597f41a
 def history_frame(
-    history: Learner|RunHistory|pd.DataFrame|str|Path # a learner, its history, the table itself, a `history.csv` or a run folder
+    history: Learner|RunHistory|pd.DataFrame|str|Path # a learner, its history, the table, a `history.csv` or a run folder
 ) -> pd.DataFrame: # a row per epoch, with the columns of `RunHistory`
     "The table of a run, wherever it is."
     if isinstance(history, Learner):
         history = getattr(history, 'run_history', None) or history
-        if isinstance(history, Learner): history = _recorder_frame(history.recorder) if getattr(history.recorder, 'values', None) else pd.DataFrame()
+        if isinstance(history, Learner):
+            rec = history.recorder
+            history = _recorder_frame(rec) if getattr(rec, 'values', None) else pd.DataFrame()
     if isinstance(history, RunHistory): history = history.to_frame()
     df = read_history(history) if isinstance(history, (str, Path)) else history
     if not len(df): raise ValueError("there is nothing to show yet: no epoch of training has ended")
@@ -79,21 +82,27 @@ def _draw_losses(ax, df):
 
 def _draw_metrics(ax, df):
     mixed = 'mixed' in df and df['mixed'].any()
-    _line(ax, df, 'train_accuracy', 'training, λ-weighted where mixed' if mixed else 'training', color=_blue, linestyle='--' if mixed else '-')
+    label, style = ('training, λ-weighted where mixed', '--') if mixed else ('training', '-')
+    _line(ax, df, 'train_accuracy', label, color=_blue, linestyle=style)
     names = _columns(df)[0]
-    for name, color in zip(names, (_orange, _green, *palette)): _line(ax, df, name, f'validation {name}'.replace('_', ' '), color=color)
-    ax.set(title='Accuracy' if names == ['accuracy'] else 'Metrics', ylabel='share correct' if names == ['accuracy'] else 'metric')
+    for name, color in zip(names, (_orange, _green, *palette)):
+        _line(ax, df, name, f'validation {name}'.replace('_', ' '), color=color)
+    alone = names == ['accuracy']
+    ax.set(title='Accuracy' if alone else 'Metrics', ylabel='share correct' if alone else 'metric')
 
 def _draw_rates(ax, df):
     lrs = _columns(df)[1]
-    if all(df[c].equals(df[lrs[0]]) for c in lrs): _line(ax, df, lrs[0], 'all groups', color=palette[0]) # else the last would hide the others
+    if all(df[c].equals(df[lrs[0]]) for c in lrs): # else the last would hide the others
+        _line(ax, df, lrs[0], 'all groups', color=palette[0])
     else:
-        for i, c in enumerate(lrs): _line(ax, df, c, f'group {i}' + (' (head)' if i and i == len(lrs)-1 else ''), color=palette[i % len(palette)])
+        for i, c in enumerate(lrs):
+            head = ' (head)' if i and i == len(lrs)-1 else ''
+            _line(ax, df, c, f'group {i}{head}', color=palette[i % len(palette)])
     ax.set(title="Learning rate (each epoch's last step)", ylabel='learning rate', yscale='log')
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #edaa440e
 def plot_curves(
-    history: Learner|RunHistory|pd.DataFrame|str|Path, # a learner, its history, the table itself, a `history.csv` or a run folder
+    history: Learner|RunHistory|pd.DataFrame|str|Path, # a learner, its history, the table, a `history.csv` or a run folder
     *,
     monitor: str = 'accuracy' # the column by which the best epoch is marked; without it, validation loss
 ) -> Figure: # three panels; a notebook shows it, `.savefig` writes it
@@ -102,9 +111,11 @@ def plot_curves(
     fig = Figure(figsize=(13, 3.8), layout='constrained')
     best, frozen = _best_epoch(df, monitor), df.epoch[df.phase == 'frozen']
     for ax, draw in zip(fig.subplots(1, 3), (_draw_losses, _draw_metrics, _draw_rates)):
-        for e in frozen: ax.axvspan(e-.5, e+.5, color='#EEEEEE', linewidth=0, label='body frozen' if e == frozen.iloc[0] else None)
+        for e in frozen:
+            ax.axvspan(e-.5, e+.5, color='#EEEEEE', linewidth=0, label='body frozen' if e == frozen.iloc[0] else None)
         draw(ax, df)
-        if best: ax.axvline(best[0], color=_grey, linestyle=':', linewidth=1.5, label=best[1] if draw is _draw_metrics else None)
+        label = best[1] if best and draw is _draw_metrics else None
+        if best: ax.axvline(best[0], color=_grey, linestyle=':', linewidth=1.5, label=label)
         ax.set(xlabel='epoch', xlim=(df.epoch.min()-.5, df.epoch.max()+.5))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1)); ax.grid(alpha=.25)
         if ax.get_legend_handles_labels()[0]: ax.legend(fontsize='small')
@@ -133,7 +144,7 @@ def _image_names(dl, n: int, root: str|Path) -> list[str]:
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #fcf94000
 def prediction_frame(
-    preds: Learner|pd.DataFrame|str|Path # a learner, the table itself, a `valid_predictions.csv`, or a run folder that holds one
+    preds: Learner|pd.DataFrame|str|Path # a learner, the table, a `valid_predictions.csv`, or a run folder that holds one
 ) -> pd.DataFrame: # from `valid_predictions`
     "The validation predictions, wherever they are."
     if isinstance(preds, Learner): return valid_predictions(preds)
@@ -146,7 +157,8 @@ def confusion_pairs(
 ) -> pd.DataFrame: # label, pred_label, n, share (of the label's images); most frequent first
     "The pairs of classes that are taken for one another, worst first."
     df = prediction_frame(preds)
-    n = df[df.label != df.pred_label].groupby(['label', 'pred_label'], as_index=False).size().rename(columns={'size': 'n'})
+    wrong = df[df.label != df.pred_label]
+    n = wrong.groupby(['label', 'pred_label'], as_index=False).size().rename(columns={'size': 'n'})
     n['share'] = n.n/n.label.map(df.label.value_counts())
     return n.sort_values(['n', 'share'], ascending=False, kind='stable', ignore_index=True)
 
@@ -156,7 +168,7 @@ def plot_confusion(
     *,
     top: int = 20 # how many of the worst pairs are named
 ) -> Figure: # a matrix with a row for each class, and the worst pairs by name
-    "Draw the confusion matrix, and beside it the worst pairs by name, which is what can be read when there are many classes."
+    "Draw the confusion matrix, and beside it the worst pairs by name, which can be read however many classes there are."
     df = prediction_frame(preds)
     classes = sorted({*df.label, *df.pred_label}, key=natural_key)
     n = pd.crosstab(df.label, df.pred_label).reindex(index=classes, columns=classes, fill_value=0).to_numpy()
@@ -168,7 +180,8 @@ def plot_confusion(
     return fig
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #423268e0
-_oranges = LinearSegmentedColormap.from_list('mistakes', colormaps['Oranges'](np.linspace(.2, 1, 64))) # a single mistake must not vanish on white
+# a single mistake must not vanish on white
+_oranges = LinearSegmentedColormap.from_list('mistakes', colormaps['Oranges'](np.linspace(.2, 1, 64)))
 
 def _draw_matrix(fig, ax, n: np.ndarray, classes: list):
     "Right answers in blue on the diagonal, mistakes in orange off it, as shares of the row."
@@ -179,12 +192,15 @@ def _draw_matrix(fig, ax, n: np.ndarray, classes: list):
     fig.colorbar(im, ax=ax, shrink=.6, format=PercentFormatter(1, 0), label="share of the class's images, mistaken")
     step = max(1, -(-len(classes)//34)) # more names than this could not be read
     ticks = range(0, len(classes), step)
-    ax.set_xticks(ticks, [classes[i] for i in ticks], rotation=90, fontsize=7); ax.set_yticks(ticks, [classes[i] for i in ticks], fontsize=7)
+    ax.set_xticks(ticks, [classes[i] for i in ticks], rotation=90, fontsize=7)
+    ax.set_yticks(ticks, [classes[i] for i in ticks], fontsize=7)
     if len(classes) <= 15:
         for i, j in zip(*np.nonzero(n)):
-            ax.text(j, i, n[i, j], ha='center', va='center', fontsize=7, color='white' if i == j and share[i, j] > .6 else 'black')
+            color = 'white' if i == j and share[i, j] > .6 else 'black'
+            ax.text(j, i, n[i, j], ha='center', va='center', fontsize=7, color=color)
     every = '' if step == 1 else f' (1 in {step} named)'
-    ax.set(xlabel='predicted'+every, ylabel='true'+every, title=f'{np.trace(n):,} of {n.sum():,} right ({np.trace(n)/max(n.sum(), 1):.1%})')
+    right, total = np.trace(n), n.sum()
+    ax.set(xlabel='predicted'+every, ylabel='true'+every, title=f'{right:,} of {total:,} right ({right/max(total, 1):.1%})')
 
 def _draw_pairs(ax, pairs: pd.DataFrame):
     "The worst pairs as bars, worst on top."
@@ -199,7 +215,7 @@ def _draw_pairs(ax, pairs: pd.DataFrame):
 # %% ../../nbs/520_evaluate.interpret.ipynb #367c4113
 def class_table(
     preds: Learner|pd.DataFrame|str|Path # see `prediction_frame`
-) -> pd.DataFrame: # a row for each class, worst first: n, right, recall, low, high (95 % interval), precision, f1, mistaken_for, times
+) -> pd.DataFrame: # a row for each class, worst first: n, right, recall, low, high (95 %), precision, f1, mistaken_for, times
     "How each class fares, and what it is mistaken for most."
     df = prediction_frame(preds)
     hit = df.label == df.pred_label
@@ -210,7 +226,8 @@ def class_table(
     out[['low', 'high']] = [accuracy_interval(np.arange(n) < r) for n, r in zip(out.n, out.right)]
     out['f1'] = 2*out.right/(out.n + said.reindex(out.index, fill_value=0))
     first = confusion_pairs(df).drop_duplicates('label').set_index('label')
-    out['mistaken_for'], out['times'] = first.pred_label.reindex(out.index).fillna(''), first.n.reindex(out.index, fill_value=0)
+    out['mistaken_for'] = first.pred_label.reindex(out.index).fillna('')
+    out['times'] = first.n.reindex(out.index, fill_value=0)
     cols = ['n', 'right', 'recall', 'low', 'high', 'precision', 'f1', 'mistaken_for', 'times']
     return out[cols].sort_values('recall', kind='stable')
 
@@ -326,11 +343,13 @@ def plot_cells(
     for ax, mid, lo, hi in ((left, 'accuracy', 'low', 'high'), (right, 'diff', 'diff_low', 'diff_high')):
         for i, r in enumerate(table.itertuples()):
             m, a, b = (100*getattr(r, o) for o in (mid, lo, hi))
-            color, known = dict(better=palette[2], worse=palette[5]).get(r.verdict, '#666666'), a == a # NaN: a single seed has no interval
+            color = dict(better=palette[2], worse=palette[5]).get(r.verdict, '#666666')
+            known = a == a # NaN: a single seed has no interval
             style = dict(fmt='o', xerr=[[m-a], [b-m]]) if known else dict(fmt='D', mfc='white')
             if m == m: ax.errorbar(m, i, color=color, capsize=3, ms=6, **style)
         ax.grid(axis='x', alpha=.25)
-    left.set_yticks(y, [f'{k} ({n} seed{"s"*(n > 1)})' for k, n in zip(table.index, table.seeds)]); left.set_ylim(len(y)-.5, -.5)
-    left.set(xlabel='validation accuracy, % (95 % interval)'); left.axvline(100*base.accuracy, color='#bbbbbb', lw=1, zorder=0)
-    right.set(xlabel=f'points above {table.index[0]} (95 % interval)'); right.axvline(0, color='#bbbbbb', lw=1, zorder=0)
+    left.set_yticks(y, [f'{k} ({n} seed{"s"*(n > 1)})' for k, n in zip(table.index, table.seeds)])
+    left.set(xlabel='validation accuracy, % (95 % interval)', ylim=(len(y)-.5, -.5))
+    right.set(xlabel=f'points above {table.index[0]} (95 % interval)')
+    for ax, at in ((left, 100*base.accuracy), (right, 0)): ax.axvline(at, color='#bbbbbb', lw=1, zorder=0)
     return fig
