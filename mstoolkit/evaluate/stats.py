@@ -344,8 +344,11 @@ few = 10 # equal answers with fewer mistakes than this, or fewer right ones, may
 
 def _distinct(c: np.ndarray) -> np.ndarray:
     "The networks of a cell, each once: rows that are equal by more than chance are one network."
-    first = set(np.unique(c, axis=0, return_index=True)[1].tolist())
-    return c[[i in first or min(o.sum(), (1-o).sum()) < few for i, o in enumerate(c)]]
+    seen, keep = set(), []
+    for o in c:
+        keep.append(o.tobytes() not in seen or min(o.sum(), (1-o).sum()) < few)
+        seen.add(o.tobytes())
+    return c[keep]
 
 def _row(name: str, c: np.ndarray, base: np.ndarray|None = None, pool: list|None = None) -> dict:
     "What is measured of a cell, before any correction; `base` is None for the baseline itself."
@@ -388,7 +391,7 @@ def _plan(cells: dict, alpha: float) -> tuple[list|None, dict]:
     span, (ratio, p) = f"from {min(sds):.2g} to {max(sds):.2g} points", uneven_spread(several)
     if ratio > spread_ratio and p <= .05:
         warn = (f"The cells spread over their seeds unequally, {span} (p = {p:.2g} if all were equal): "
-                "none is pooled, and with few seeds such studies give false verdicts more often than they promise.")
+                "none is pooled, and every test of such cells may err more often than it promises.")
         return None, dict(how=f"{own}: pooled they cannot be, they differ too much. {_both(alpha)}", warnings=[warn])
     chance = ', which so few seeds show of equal spreads too' if ratio > spread_ratio else ''
     how = (f"Each cell was tested by the spread between seeds pooled over {len(several)} cells "
