@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 # %% ../nbs/010_core.ipynb #c8e730b1
 def choice(
@@ -49,7 +50,7 @@ def counted(
 
 # %% ../nbs/010_core.ipynb #92086bd2
 def natural_key(
-    s # anything with a text form: a class name or a path
+    s: Any # anything with a text form: a class name or a path
 ) -> list: # a key for `sorted`
     "Sort key that reads runs of digits as numbers, so that `'2'` comes before `'10'`."
     s = str(s)
@@ -114,7 +115,8 @@ def check_new(
     "Refuse a path where something is already, or nothing can be written; an empty folder counts as nothing."
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{what} {str(path)!r} already exists and nothing is ever overwritten: choose another name or move it away")
+        raise ValueError(f"{what} {str(path)!r} already exists and nothing is ever overwritten: "
+                         "choose another name or move it away")
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f'cannot write {what}', str(path))
@@ -126,14 +128,16 @@ def new_folder(
     path: str|Path, # a folder that must not exist yet, or be empty
     what: str = 'folder', # what it is, for the error: 'run folder'
 ) -> Iterator[Path]: # the folder, made
-    "Make folder `path`; refuse to touch one that holds anything; remove it again when the block fails having written nothing."
+    "Make folder `path`, never one that holds anything; remove it again when the block fails and has written nothing."
     path = check_new(path, what)
-    first = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)  # the topmost folder we are about to make
+    # the topmost folder we are about to make
+    first = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
     try:
         path.mkdir(parents=True, exist_ok=True)
         yield path
     except BaseException:
-        if first and first.exists() and not any(p.is_file() for p in first.rglob('*')): shutil.rmtree(first, ignore_errors=True)
+        if first and first.exists() and not any(p.is_file() for p in first.rglob('*')):
+            shutil.rmtree(first, ignore_errors=True)
         raise
 
 # %% ../nbs/010_core.ipynb #5c43b90d
@@ -141,10 +145,10 @@ def track(
     items: Iterable, # what to go through
     text: str, # what is being done, for the bar and the lines
     total: int|None = None, # number of items; taken from `len(items)` when it has one
-    file = None, # where to write; standard error by default, so that standard output stays clean for data
+    file: TextIO|None = None, # where to write; standard error by default, so that standard output stays clean for data
     quiet: float = 2. # seconds for which no line is written: what is done by then needs no report
 ) -> Iterator: # the items
-    "Go through `items` with a progress bar in a terminal or notebook, and with a line every tenth of the way elsewhere."
+    "Go through `items` with a bar in a terminal or notebook, and with a line every tenth of the way elsewhere."
     file = file or sys.stderr
     if total is None and hasattr(items, '__len__'): total = len(items)
     if 'ipykernel' in sys.modules or file.isatty():
@@ -155,26 +159,30 @@ def track(
     step, start = max(1, (total or 0)//10), time.monotonic()
     for i, o in enumerate(items, 1):
         yield o
-        if total and (i % step == 0 or i == total) and time.monotonic()-start >= quiet: print(f'{text}: {i}/{total}', file=file, flush=True)
+        due = total and (i % step == 0 or i == total)
+        if due and time.monotonic()-start >= quiet: print(f'{text}: {i}/{total}', file=file, flush=True)
 
 # %% ../nbs/010_core.ipynb #0ccb02d2
 def pick_device(
     name: str = 'auto' # auto (the first GPU there is, else the CPU), cpu, cuda, cuda:N or mps
-): # a `torch.device`
+) -> Any: # a `torch.device`; named in words, as torch is imported only when needed
     "Turn a device's name into a `torch.device`, or say why this machine cannot give it."
     import torch
-    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: dev = torch.device(name)
     except RuntimeError: dev = None
-    if dev is None or dev.type not in ('cpu', 'cuda', 'mps'): raise ValueError(f"unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps")
+    if dev is None or dev.type not in ('cpu', 'cuda', 'mps'):
+        raise ValueError(f"unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps")
     here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[dev.type]
     if (dev.index or 0) >= here:
-        raise ValueError(f"device {name!r} was asked for and torch sees {here or 'no'} {dev.type} device here: use --device auto or cpu")
+        raise ValueError(f"device {name!r} was asked for and torch sees {here or 'no'} {dev.type} device here: "
+                         "use --device auto or cpu")
     return dev
 
 # %% ../nbs/010_core.ipynb #8b65dc2b
 def keep_freed_memory() -> bool: # whether this C library could be told
-    "Tell glibc to keep freed memory for the next allocation instead of returning it to the system (Linux); for processes that train on the CPU."
+    "Tell glibc (Linux) to keep freed memory for the next allocation; for processes that train on the CPU."
     if not sys.platform.startswith('linux'): return False
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError): return False  # musl and others have no such switch

@@ -1,4 +1,4 @@
-"""Smoothed cross entropy in its two forms, and a callback that puts it on any learner
+"""Smoothed cross entropy in its two forms
 
 Docs: https://mstoolkit.github.io/mstoolkit/losses.html.md"""
 
@@ -8,6 +8,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/losses.html.md"""
 __all__ = ['SmoothedCrossEntropy', 'loss_kernel']
 
 # %% ../nbs/300_losses.ipynb #cb17466e
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from .core import choice
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ class SmoothedCrossEntropy(nn.Module):
         reduction: str = 'mean' # 'mean', 'sum' or 'none'; fastai sets it to 'none' to look at single losses
     ):
         super().__init__()
-        if not 0 <= eps < 1: raise ValueError(f"eps {eps} is out of range: the true class keeps 1-eps, so give 0 <= eps < 1")
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps {eps} is out of range: the true class keeps 1-eps, so give 0 <= eps < 1")
         self.eps, self.over = eps, choice(over, _smoothing, 'form of smoothing')
         self.reduction = choice(reduction, ('mean', 'sum', 'none'), 'reduction')
         self.register_buffer('weight', weight)
@@ -40,7 +43,9 @@ class SmoothedCrossEntropy(nn.Module):
         "The value of torch's `label_smoothing` that this loss amounts to for `n_classes`."
         if n_classes < 2: raise ValueError("label smoothing needs at least 2 classes, but the model gives 1 output")
         ls = _smoothing[self.over](self.eps, n_classes)
-        if ls > 1: raise ValueError(f"eps {self.eps} is too much for {n_classes} classes: above {1-1/n_classes:.3g} the true class gets least")
+        if ls > 1:
+            raise ValueError(f"eps {self.eps} is too much for {n_classes} classes: "
+                             f"above {1-1/n_classes:.3g} the true class gets least")
         return ls
 
     def forward(self,
@@ -50,15 +55,28 @@ class SmoothedCrossEntropy(nn.Module):
         "Cross entropy between `pred` and the smoothed `targ`."
         pred, targ = pred.as_subclass(Tensor), targ.as_subclass(Tensor)  # fastai's tensor types carry no meaning here
         if not targ.is_floating_point(): targ = targ.long()
-        return F.cross_entropy(pred, targ, self.weight, reduction=self.reduction, label_smoothing=self.label_smoothing(pred.shape[1]))
+        ls = self.label_smoothing(pred.shape[1])
+        return F.cross_entropy(pred, targ, self.weight, reduction=self.reduction, label_smoothing=ls)
 
-    def activation(self, pred: Tensor) -> Tensor: return F.softmax(pred, dim=1)
-    def decodes(self, pred: Tensor) -> Tensor: return pred.argmax(dim=1)
-    def extra_repr(self) -> str: return f'eps={self.eps}, over={self.over!r}, reduction={self.reduction!r}'
+    def activation(self,
+        pred: Tensor # (N, C) logits
+    ) -> Tensor: # (N, C) probabilities
+        "What fastai's `get_preds` returns in place of logits."
+        return F.softmax(pred, dim=1)
+
+    def decodes(self,
+        pred: Tensor # (N, C) logits or probabilities
+    ) -> Tensor: # (N,) class numbers
+        "What fastai's `get_preds(with_decoded=True)` returns beside them."
+        return pred.argmax(dim=1)
+
+    def extra_repr(self) -> str: # for `repr`
+        "The options, as torch prints them."
+        return f'eps={self.eps}, over={self.over!r}, reduction={self.reduction!r}'
 
 # %% ../nbs/300_losses.ipynb #df938d68
 def loss_kernel(
-    loss_func # a loss, perhaps one of fastai's flattened ones
-): # the loss inside
+    loss_func: Callable # a loss, perhaps one of fastai's flattened ones
+) -> Callable: # the loss inside
     "The loss that a wrapper of fastai holds, or the loss itself."
     return getattr(loss_func, 'func', loss_func)

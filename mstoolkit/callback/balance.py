@@ -36,8 +36,9 @@ def class_weights(
 
 # %% ../../nbs/350_callback.balance.ipynb #831ba37e
 class LogitAdjust(Callback):
-    "Add `tau` times the log of each class's share to the outputs while training; predictions and metrics see the model's own."
-    order, run_valid = GradientAccumulation.order, False # after `BatchMix`, which computes its share of the loss from the adjusted outputs too
+    "Add `tau` times the log of each class's share to the outputs in training; predictions and metrics see the model's own."
+    # after `BatchMix`, which computes its share of the loss from the adjusted outputs too
+    order, run_valid = GradientAccumulation.order, False
     def __init__(self,
         tau: float = 1. # strength; 1 is consistent for the balanced error
     ): self.tau = tau
@@ -48,10 +49,13 @@ class LogitAdjust(Callback):
         self.shift = (self.tau*torch.where(n > 0, n/n.sum(), torch.ones_like(n)).log()).to(self.dls.device)
 
     def after_pred(self):
+        "Shift the outputs, for the loss."
         self.own = self.pred
         self.learn.pred = self.pred + self.shift
 
-    def after_loss(self): self.learn.pred = self.own
+    def after_loss(self):
+        "Give the model's own outputs back, for the metrics."
+        self.learn.pred = self.own
 
 # %% ../../nbs/350_callback.balance.ipynb #e861d768
 def _sampler(learn: Learner):
@@ -64,13 +68,15 @@ def _weights(learn: Learner):
     "Give the learner's cross entropy a weight for each class."
     kernel = loss_kernel(learn.loss_func)
     if not hasattr(kernel, 'weight'):
-        raise ValueError(f"balance='weights' needs a loss with weights, such as CrossEntropyLossFlat, not {learn.loss_func}")
+        raise ValueError("balance='weights' needs a loss with weights, such as CrossEntropyLossFlat, "
+                         f"not {learn.loss_func}")
     kernel.weight = class_weights(class_counts(learn.dls)).to(learn.dls.device)
 
 def _logit_adjust(learn: Learner): learn.add_cb(LogitAdjust())
 
 # %% ../../nbs/350_callback.balance.ipynb #a5e74bbc
-balance_methods = {'sampler': _sampler, 'weights': _weights, 'logit-adjust': _logit_adjust} # name -> function of the learner
+# name -> function of the learner
+balance_methods = {'sampler': _sampler, 'weights': _weights, 'logit-adjust': _logit_adjust}
 
 def balance_learner(
     learn: Learner, # on `image_dls`; changed in place

@@ -33,14 +33,17 @@ def _plain(o, where: str):
     if isinstance(o, np.generic): return o.item()
     if isinstance(o, Mapping): return {_plain(k, where): _plain(v, where) for k, v in o.items()}
     if isinstance(o, tuple): return tuple(_plain(v, where) for v in o)
-    if isinstance(o, Iterable) and not isinstance(o, (str, bytes, np.ndarray, set)): return [_plain(v, where) for v in o]
-    raise TypeError(f"the state of {where} holds a {type(o).__name__}: only tensors, numbers, text, lists and dicts can go into a checkpoint")
+    if isinstance(o, Iterable) and not isinstance(o, (str, bytes, np.ndarray, set)):
+        return [_plain(v, where) for v in o]
+    raise TypeError(f"the state of {where} holds a {type(o).__name__}: "
+                    "only tensors, numbers, text, lists and dicts can go into a checkpoint")
 
 # %% ../../nbs/360_callback.checkpoint.ipynb #716adab5
 def rng_state() -> dict: # plain values
     "The state of Python's, NumPy's and torch's global generators, GPUs included."
     name, keys, *rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state(),
+    return dict(python=random.getstate(), numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+                torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def set_rng_state(
@@ -58,7 +61,8 @@ def _named(learn: Learner) -> dict: # name → callback
     "The callbacks that have a state; the second of one name is NAME-2."
     named = {}
     for cb in learn.cbs.sorted('order'):
-        if not hasattr(type(cb), 'state_dict'): continue  # of the type: a callback answers for its learner, and a learner for its model
+        # of the type: a callback answers for its learner, and a learner for its model
+        if not hasattr(type(cb), 'state_dict'): continue
         n = sum(k.partition('-')[0] == cb.name for k in named)
         named[f'{cb.name}-{n+1}' if n else cb.name] = cb
     return named
@@ -70,14 +74,17 @@ def _load_callback_states(learn: Learner, states: dict):
     "Give each callback its state back."
     named = _named(learn)
     if missing := [n for n in states if n not in named]:
-        raise ValueError(f"the checkpoint has a state for the callbacks {missing}, and this fit has no such callback: give the same ones")
+        raise ValueError(f"the checkpoint has a state for the callbacks {missing}, "
+                         "and this fit has no such callback: give the same ones")
     for name, s in states.items(): named[name].load_state_dict(s)
 
 # %% ../../nbs/360_callback.checkpoint.ipynb #78ba4fdd
 def _recorder_state(rec) -> dict:
     "What fastai's `Recorder` has gathered in this fit; one tensor for its thousands of losses."
-    return dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64), losses=torch.stack(rec.losses) if rec.losses else torch.empty(0),
-                iters=list(rec.iters), values=list(rec.values), smooth=rec.smooth_loss.val, count=rec.smooth_loss.count)
+    return dict(lrs=torch.tensor(rec.lrs, dtype=torch.float64),
+                losses=torch.stack(rec.losses) if rec.losses else torch.empty(0),
+                iters=list(rec.iters), values=list(rec.values),
+                smooth=rec.smooth_loss.val, count=rec.smooth_loss.count)
 
 def _load_recorder(rec, state: dict):
     rec.lrs, rec.losses, rec.iters = state['lrs'].tolist(), list(state['losses']), list(state['iters'])
@@ -95,9 +102,10 @@ def training_state(
 ) -> dict: # plain values and tensors, not copied
     "All that the next epoch depends on."
     rec, scaler = getattr(learn, 'recorder', None), learn.__dict__.get('scaler')
-    state = dict(model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
-                 train_iter=learn.train_iter, recorder=rec and _recorder_state(rec), loaders=[r and r.getstate() for r in _loader_rngs(learn.dls)],
-                 rng=rng_state())
+    state = dict(model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
+                 scaler=scaler and scaler.state_dict(), train_iter=learn.train_iter,
+                 recorder=rec and _recorder_state(rec),
+                 loaders=[r and r.getstate() for r in _loader_rngs(learn.dls)], rng=rng_state())
     return _plain(state, 'the learner') | {'callbacks': _callback_states(learn)}
 
 def load_training_state(
@@ -107,7 +115,8 @@ def load_training_state(
     "Put `learn` where the other one was."
     get_model(learn.model).load_state_dict(state['model'])
     # torch's optimizers move a state to their parameters' device themselves, and know what is to stay on the CPU
-    learn.opt.load_state_dict(to_device(state['opt'], learn.dls.device) if isinstance(learn.opt, Optimizer) else state['opt'])
+    opt = to_device(state['opt'], learn.dls.device) if isinstance(learn.opt, Optimizer) else state['opt']
+    learn.opt.load_state_dict(opt)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     learn.train_iter = state['train_iter']
     if state['recorder']: _load_recorder(learn.recorder, state['recorder'])
@@ -123,16 +132,19 @@ def load_checkpoint(
     "Read a checkpoint, never unpickling."
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {str(file)!r}: no epoch had ended, or the training has ended well")
+        raise FileNotFoundError(f"there is no checkpoint {str(file)!r}: "
+                                "no epoch had ended, or the training has ended well")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{str(file)!r} is damaged or is no checkpoint") from e
-    if not isinstance(state, dict) or state.get('format') != 1: raise ValueError(f"{str(file)!r} is no checkpoint of this version")
+    if not isinstance(state, dict) or state.get('format') != 1:
+        raise ValueError(f"{str(file)!r} is no checkpoint of this version")
     return state
 
 # %% ../../nbs/360_callback.checkpoint.ipynb #7292f414
 class Checkpoint(Callback):
     "After each epoch, write all that the next one depends on; with `resume=True`, go on from there."
-    order, run_valid, remove_on_fetch = EarlyStop.order+10, False, True  # after everything that acts at the end of an epoch or a fit
+    order = EarlyStop.order+10  # after everything that acts at the end of an epoch or a fit
+    run_valid, remove_on_fetch = False, True
     def __init__(self,
         file: str|Path, # where to keep the newest state: about three times the size of the model under Adam
         *,
@@ -140,18 +152,19 @@ class Checkpoint(Callback):
     ):
         self.file, self.n_fits = Path(file), 0
         if not resume and self.file.exists():
-            raise ValueError(f"{str(self.file)!r} is another training's checkpoint: go on with it, resume=True, or choose another file")
+            raise ValueError(f"{str(self.file)!r} is another training's checkpoint: "
+                             "go on with it, resume=True, or choose another file")
         self.saved = load_checkpoint(file) if resume else None
 
     def before_fit(self):
-        "Count the fits; refuse a state that no file could hold before anything is trained, and a checkpoint of another fit."
+        "Count the fits; refuse a checkpoint of another one, or a state no file could hold, before anything is trained."
         self.run = is_training_fit(self.learn) and not self.learn.lock.locked()  # locked: `validate`, `get_preds`
         if not self.run: return
         self.n_fits += 1
         _callback_states(self.learn)
         if self._in_saved_fit and self.n_epoch != self.saved['n_epoch']:
-            raise ValueError(f"the checkpoint is of a fit of {self.saved['n_epoch']} epochs and this one has {self.n_epoch}: "
-                             "its schedule would be another one")
+            raise ValueError(f"the checkpoint is of a fit of {self.saved['n_epoch']} epochs "
+                             f"and this one has {self.n_epoch}: its schedule would be another one")
 
     @property
     def _in_saved_fit(self): return self.saved is not None and self.n_fits == self.saved['fit']
@@ -161,10 +174,11 @@ class Checkpoint(Callback):
         if self.saved is not None: raise CancelEpochException
 
     def after_epoch(self):
-        "Save, or take over. The last epoch's state is saved by `after_fit`, when callbacks have done what they do there."
-        last = self.epoch+1 == self.n_epoch
-        if self.saved is None and not last: self._save()
-        elif self._in_saved_fit and not self.saved['ended'] and self.epoch+1 == self.saved['epochs']: self._take_over()
+        "Save, or take over; the last epoch's state is left to `after_fit`, when callbacks have done their part there."
+        done = self.epoch+1
+        if self.saved is None:
+            if done < self.n_epoch: self._save()
+        elif self._in_saved_fit and not self.saved['ended'] and done == self.saved['epochs']: self._take_over()
 
     def after_fit(self):
         "Save, or take over, what the next fit starts from."
@@ -174,8 +188,10 @@ class Checkpoint(Callback):
     def _save(self, ended=False):
         "Write the state; in a distributed run the first process does it for all."
         if rank_distrib(): return
-        state = dict(format=1, fit=self.n_fits, epochs=self.epoch+1, n_epoch=self.n_epoch, ended=ended, learner=training_state(self.learn))
-        with atomic_path(self.file) as tmp, tmp.open('wb') as f: torch.save(state, f)  # given a path, torch hides that the disk is full
+        state = dict(format=1, fit=self.n_fits, epochs=self.epoch+1, n_epoch=self.n_epoch, ended=ended,
+                     learner=training_state(self.learn))
+        with atomic_path(self.file) as tmp, tmp.open('wb') as f:
+            torch.save(state, f)  # given a path, torch hides that the disk is full
 
     def _take_over(self):
         load_training_state(self.learn, self.saved['learner'])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import AvgMetric, Metric
+from fastai.learner import AvgMetric, Learner, Metric
 from fastai.torch_core import find_bs, rank_distrib
 from torch import Tensor
 
@@ -34,8 +34,8 @@ def cutmix_box(
 # %% ../../nbs/320_callback.mix.ipynb #f3aaa132
 def kept_share(
     box: tuple[int, int, int, int], # y1, y2, x1, x2
-    h: int, # height of the images
-    w: int # width of the images
+    h: int, # height of the images, pixels
+    w: int # width of the images, pixels
 ) -> float: # 0 to 1
     "λ from the pixels really pasted: the share of the image outside `box`."
     y1, y2, x1, x2 = box
@@ -52,7 +52,7 @@ def cutmix_batch(
     "Paste `box` of image `perm[i]` into a copy of image `i`."
     y1, y2, x1, x2 = box
     mixed, inside = x.clone(), (..., slice(y1, y2), slice(x1, x2))
-    # straight into the copy; `mixed[inside] = x[inside][perm]` would gather into memory of its own first, at twice the cost
+    # straight into the copy: `mixed[inside] = x[inside][perm]` would gather into memory of its own, at twice the cost
     torch.index_select(x[inside], 0, perm, out=mixed[inside])
     return mixed, y, y[perm], kept_share(box, *x.shape[-2:]) if lam is None else lam
 
@@ -64,7 +64,8 @@ def mixup_batch(
     perm: Tensor # (N,) which image each one is blended with
 ) -> tuple[Tensor, Tensor, Tensor, float]: # mixed images, own targets, the others' targets, λ
     "Blend image `i` with image `perm[i]`."
-    if not x.is_floating_point(): raise ValueError(f"MixUp blends floating point images, not {x.dtype}: mix after the batch is normalised")
+    if not x.is_floating_point():
+        raise ValueError(f"MixUp blends floating point images, not {x.dtype}: mix after the batch is normalised")
     return x[perm].lerp_(x, lam), y, y[perm], lam
 
 # %% ../../nbs/320_callback.mix.ipynb #b96f96d3
@@ -75,9 +76,11 @@ def _alpha_range(alpha, name):
     return lo, hi
 
 def _check_probabilities(cutmix, mixup):
-    if min(cutmix, mixup) < 0: raise ValueError(f"cutmix={cutmix} and mixup={mixup} are probabilities: they cannot be negative")
+    if min(cutmix, mixup) < 0:
+        raise ValueError(f"cutmix={cutmix} and mixup={mixup} are probabilities: they cannot be negative")
     if cutmix + mixup > 1 + 1e-9:
-        raise ValueError(f"cutmix={cutmix} and mixup={mixup} sum to {cutmix+mixup:g}, but a batch is mixed one way at most: make the sum 1 or less")
+        raise ValueError(f"cutmix={cutmix} and mixup={mixup} sum to {cutmix+mixup:g}, "
+                         "but a batch is mixed one way at most: make the sum 1 or less")
 
 # %% ../../nbs/320_callback.mix.ipynb #7895d64e
 class BatchMix(Callback):
@@ -91,26 +94,31 @@ class BatchMix(Callback):
         cutmix_alpha: float|tuple[float, float] = 1., # λ ~ Beta(α, α); a range (low, high) is drawn from for each batch
         mixup_alpha: float|tuple[float, float] = .4, # the same for MixUp; Report B: (.4, .6)
         off_epochs: int = 0, # train the last so many epochs of a fit on whole images
-        seed: int|None = None # seed of the draws; `None`: taken from torch's generator, so that `seed_everything` fixes it
+        seed: int|None = None # of the draws; `None`: taken from torch's generator, so that `seed_everything` fixes it
     ):
         _check_probabilities(cutmix, mixup)
         if off_epochs < 0: raise ValueError(f"off_epochs is a number of epochs, not {off_epochs}")
         self.cutmix, self.mixup, self.off_epochs = cutmix, mixup, off_epochs
-        self.cutmix_alpha, self.mixup_alpha = _alpha_range(cutmix_alpha, 'cutmix_alpha'), _alpha_range(mixup_alpha, 'mixup_alpha')
+        self.cutmix_alpha = _alpha_range(cutmix_alpha, 'cutmix_alpha')
+        self.mixup_alpha = _alpha_range(mixup_alpha, 'mixup_alpha')
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.rng = np.random.default_rng([seed, rank_distrib()])  # each process of a distributed run draws its own
         self.lam, self.yb_b, self.mixed_epoch = 1., None, False
 
     @property
-    def mixed(self) -> bool: return self.yb_b is not None # whether the batch at hand is mixed
+    def mixed(self) -> bool: # true from `before_batch` on
+        "Whether the batch at hand is mixed."
+        return self.yb_b is not None
 
     @property
-    def y_b(self) -> Tensor|None: return self.yb_b[0] if self.mixed else None # targets of the images mixed in
+    def y_b(self) -> Tensor|None: # (N, …); `None` when the batch is not mixed
+        "The targets of the images mixed in."
+        return self.yb_b[0] if self.mixed else None
 
     def draw(self,
         n: int, # images in the batch
-        h: int, # their height
-        w: int # their width
+        h: int, # their height, pixels
+        w: int # their width, pixels
     ) -> tuple[str, float, Tensor|None, tuple|None]: # 'cutmix', 'mixup' or 'none'; λ; permutation; box
         "Draw what happens to one batch."
         u, v, cy, cx = self.rng.random(4)
@@ -124,12 +132,13 @@ class BatchMix(Callback):
         return kind, lam, perm, box
 
     def before_fit(self):
-        "Make averaged metrics aware of mixing where they also run on training batches; on whole images they stay the same."
+        "Make averaged metrics aware of mixing where they also run in training; on whole images they stay the same."
         if getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False):
             self.learn.metrics = [MixedMetric(m.func) if type(m) is AvgMetric else m for m in self.learn.metrics]
 
     def before_train(self):
-        "Forget the last epoch; off in the last epochs. The frozen phase of a `fine_tune` comes first, so it has no last epochs."
+        "Forget the last epoch; be off in the last `off_epochs`."
+        # the frozen phase of a `fine_tune` comes first, so it has no last epochs
         last = not self.opt.frozen_idx and self.epoch >= self.n_epoch - self.off_epochs
         self.active, self.mixed_epoch, self.lam, self.yb_b = not last, False, 1., None
 
@@ -139,7 +148,8 @@ class BatchMix(Callback):
         if not self.active: return
         xb, yb = self.learn.xb, self.learn.yb
         if len(xb) != 1 or xb[0].ndim != 4:
-            raise ValueError(f"BatchMix mixes one (N, C, H, W) image tensor a batch, not {[tuple(getattr(o, 'shape', ())) for o in xb]}")
+            shapes = [tuple(getattr(o, 'shape', ())) for o in xb]
+            raise ValueError(f"BatchMix mixes one (N, C, H, W) image tensor a batch, not {shapes}")
         x = xb[0].as_subclass(Tensor)  # fastai's tensor types carry no meaning here and cost time in every operation
         kind, lam, perm, box = self.draw(len(x), *x.shape[-2:])
         if lam == 1: return  # nothing drawn, or a box of no pixels
@@ -154,7 +164,8 @@ class BatchMix(Callback):
         "Share the loss out between the own and the others' targets; the learner's loss itself is never replaced."
         if not self.mixed: return
         learn = self.learn
-        own, other = (o if type(o) is Tensor else o.as_subclass(Tensor) for o in (learn.loss_grad, learn.loss_func(learn.pred, *self.yb_b)))
+        losses = learn.loss_grad, learn.loss_func(learn.pred, *self.yb_b)
+        own, other = (o if type(o) is Tensor else o.as_subclass(Tensor) for o in losses)
         learn.loss_grad = torch.lerp(other, own, self.lam)
         learn.loss = learn.loss_grad.clone()
 
@@ -170,11 +181,15 @@ class BatchMix(Callback):
 
 # %% ../../nbs/320_callback.mix.ipynb #046900e5
 class MixedMetric(AvgMetric):
-    "The average of `func`; on a mixed training batch λ times its value for the own targets plus 1-λ times that for the others'."
-    def accumulate(self, learn):
+    "The average of `func`; on a mixed training batch, λ of its value for the own targets and 1-λ of that for the others'."
+    def accumulate(self,
+        learn: Learner # at the end of a batch
+    ):
         "Add a batch."
-        mix, value = getattr(learn, 'batch_mix', None), self.func(learn.pred, *learn.yb)
-        if learn.training and mix is not None and mix.mixed: value = torch.lerp(self.func(learn.pred, *mix.yb_b), value, mix.lam)
+        value = self.func(learn.pred, *learn.yb)
+        mix = getattr(learn, 'batch_mix', None)
+        if learn.training and mix is not None and mix.mixed:
+            value = torch.lerp(self.func(learn.pred, *mix.yb_b), value, mix.lam)
         bs = find_bs(learn.yb)
         self.total += learn.to_detach(value)*bs
         self.count += bs
@@ -182,9 +197,13 @@ class MixedMetric(AvgMetric):
 # %% ../../nbs/320_callback.mix.ipynb #ca9a96c2
 class TrainAccuracy(Metric):
     "Accuracy on training batches, λ-weighted where they are mixed; `None` where targets are no class numbers."
-    def reset(self): self.correct, self.count = 0., 0
+    def reset(self):
+        "Begin a new epoch."
+        self.correct, self.count = 0., 0
 
-    def accumulate(self, learn):
+    def accumulate(self,
+        learn: Learner # at the end of a training batch
+    ):
         "Add a batch, leaving the sum on the device."
         if learn.pred is None or not _is_classification(learn.pred, learn.y): return
         mix, hit = getattr(learn, 'batch_mix', None), learn.pred.detach().argmax(1)
@@ -193,9 +212,12 @@ class TrainAccuracy(Metric):
         self.correct, self.count = self.correct + right, self.count + len(hit)
 
     @property
-    def value(self) -> float|None: return float(self.correct)/self.count if self.count else None
+    def value(self) -> float|None: # 0 to 1; `None` when no batch was counted
+        "The accuracy so far; this is where the device is waited for."
+        return float(self.correct)/self.count if self.count else None
 
 # %% ../../nbs/320_callback.mix.ipynb #95998f71
 def _is_classification(pred, y) -> bool:
     "Whether these are (N, C) logits and (N,) class numbers."
-    return isinstance(pred, Tensor) and isinstance(y, Tensor) and pred.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+    if not isinstance(pred, Tensor) or not isinstance(y, Tensor): return False
+    return pred.ndim == 2 and y.ndim == 1 and not y.is_floating_point()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import TextIO
 
 import pandas as pd
 from fastai.callback.core import Callback
@@ -19,7 +20,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastcore.basics import GetAttr
 from fastcore.imports import in_notebook, noop
-from .core import AttachedCallback, is_training_fit
+from .core import AttachedCallback, is_training_fit, table_columns
 from .mix import TrainAccuracy
 from ..core import write_text
 from rich.console import Console
@@ -27,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # %% ../../nbs/370_callback.progress.ipynb #12e9b488
 class _TimedBatches(GetAttr):
-    "Goes through `dl` and adds up the seconds spent waiting for its batches; anything else asked of it, `dl` answers."
+    "Goes through `dl` and adds up the seconds of waiting for its batches; anything else asked of it, `dl` answers."
     _default = 'dl'
     def __init__(self, dl): self.dl, self.waited = dl, 0.
     def __len__(self): return len(self.dl)
@@ -47,8 +48,8 @@ def _phase(learn, rows):
     return 'unfrozen' if any(o['phase'] == 'frozen' for o in rows) else 'fit'
 
 def _recorded(learn):
-    "The recorder's losses and metrics of this epoch by name, validation metrics without `valid_`; nothing of a cancelled epoch."
-    names, values = [o for o in learn.recorder.metric_names[1:] if o != 'time'], learn.recorder.values[-1]
+    "The recorder's numbers of this epoch by name, validation metrics without `valid_`; nothing of a cancelled epoch."
+    names, values = table_columns(learn.recorder), learn.recorder.values[-1]
     if len(names) != len(values): return {}
     return {n if n == 'valid_loss' else n.removeprefix('valid_'): v for n, v in zip(names, values)}
 
@@ -60,13 +61,17 @@ class RunHistory(Callback):
         csv: str|Path|None = None, # a file to write the table to after each epoch, whole or not at all
         *,
         max_wait: float = .15 # share of the training time spent waiting for data above which advice is printed, once
-    ): self.csv, self.max_wait, self.rows, self.advised, self.accuracy = csv and Path(csv), max_wait, [], False, TrainAccuracy()
+    ):
+        self.csv, self.max_wait = csv and Path(csv), max_wait
+        self.rows, self.advised, self.accuracy = [], False, TrainAccuracy()
 
     def before_fit(self):
         "Stay out of `lr_find` and predictions."
         self.run, self.trained = is_training_fit(self.learn), False
 
-    def before_epoch(self): self.start = perf_counter()
+    def before_epoch(self):
+        "Start the epoch's clock."
+        self.start = perf_counter()
 
     def before_train(self):
         "Begin to measure."
@@ -81,7 +86,8 @@ class RunHistory(Callback):
 
     def after_train(self):
         "End the measurement, and let go of the data, which an exported learner should not hold."
-        self.train_seconds, self.waited, self.trained = perf_counter() - self.train_start, self.timed.waited, True
+        self.train_seconds = perf_counter() - self.train_start
+        self.waited, self.trained = self.timed.waited, True
         del self.timed
 
     def after_epoch(self):
@@ -96,12 +102,14 @@ class RunHistory(Callback):
         rec, mix = _recorded(self.learn), getattr(self.learn, 'batch_mix', None)
         return {'phase': _phase(self.learn, self.rows), 'epoch': len(self.rows)+1,
                 'train_loss': rec.pop('train_loss', None), 'valid_loss': rec.pop('valid_loss', None),
-                'train_accuracy': rec.pop('train_accuracy', self.accuracy.value), 'mixed': mix is not None and mix.mixed_epoch,
+                'train_accuracy': rec.pop('train_accuracy', self.accuracy.value),
+                'mixed': mix is not None and mix.mixed_epoch,
                 **rec, **{f'lr_{i}': lr for i, lr in enumerate(self.lrs)},
                 'seconds': perf_counter() - self.start, 'data_wait': self.waited/self.train_seconds}
 
     def _advise(self):
-        "Say once what to do about waiting. The first epoch starts the workers, and half a second an epoch is nobody's trouble."
+        "Say once what to do about waiting."
+        # the first epoch starts the workers, and half a second an epoch is nobody's trouble
         share = self.rows[-1]['data_wait']
         if self.advised or len(self.rows) < 2 or share <= self.max_wait or self.waited < .5: return
         self.advised = True
@@ -125,7 +133,8 @@ class RunHistory(Callback):
 # %% ../../nbs/370_callback.progress.ipynb #22629471
 def _cell(v):
     if v is None: return '-'
-    return f'{v:.3g}' if isinstance(v, float) and 0 < abs(v) < 1e-3 else f'{v:.4f}' if isinstance(v, float) else str(v)
+    if not isinstance(v, float): return str(v)
+    return f'{v:.3g}' if 0 < abs(v) < 1e-3 else f'{v:.4f}'
 
 def _clock(seconds):
     m, s = divmod(round(seconds), 60)
@@ -145,10 +154,12 @@ class TrainProgress(AttachedCallback):
     "A line per epoch, and in a terminal a bar for its batches, in the place of fastai's progress bar."
     order = RunHistory.order+10
     def __init__(self,
-        file = None # where to write; standard output by default
+        file: TextIO|None = None # where to write; standard output by default
     ): self.file, self.bar, self.header = file, None, None
 
-    def attach(self, learn: Learner):
+    def attach(self,
+        learn: Learner # the one whose bar to replace
+    ):
         "Take the place of fastai's bar and logger; add a `RunHistory` if the learner has none."
         self.active = not (self.file is None and in_notebook())
         if not self.active: return
@@ -157,7 +168,9 @@ class TrainProgress(AttachedCallback):
         learn.remove_cbs(self.bars)
         self.old_logger, learn.logger = learn.logger, noop
 
-    def detach(self, learn: Learner):
+    def detach(self,
+        learn: Learner # the one to give its bar back to
+    ):
         "Put fastai's bar and logger back."
         if not self.active: return
         self._close()
@@ -169,12 +182,24 @@ class TrainProgress(AttachedCallback):
         self.run = self.active and is_training_fit(self.learn)
         self.done = self.fit_start = len(self.learn.run_history.rows) if self.run else 0
 
-    def before_train(self): self._open('training')
-    def before_validate(self): self._open('validating')
-    def after_train(self): self._close()
-    def after_validate(self): self._close()
+    def before_train(self):
+        "Show a bar for the training batches."
+        self._open('training')
+
+    def before_validate(self):
+        "Show a bar for the validation batches."
+        self._open('validating')
+
+    def after_train(self):
+        "Take the bar away."
+        self._close()
+
+    def after_validate(self):
+        "Take the bar away."
+        self._close()
 
     def after_batch(self):
+        "Move the bar on."
         if self.bar: self.bar.update(self.task, completed=self.iter+1)
 
     def after_epoch(self):
@@ -206,7 +231,8 @@ class TrainProgress(AttachedCallback):
         if not file.isatty() or not hasattr(self.learn, 'run_history') or not is_training_fit(self.learn): return
         self._close()
         text = TextColumn(f'epoch {len(self.learn.run_history.rows)+1} {what}')
-        self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(file=file), transient=True)
+        columns = text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=Console(file=file), transient=True)
         self.task = self.bar.add_task('', total=len(self.dl))
         self.bar.start()
 

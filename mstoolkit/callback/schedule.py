@@ -24,8 +24,10 @@ class WarmRestarts(ParamScheduler):
         *,
         eta_min: float = 0. # the rate at the end of a cycle
     ):
-        if T_0 < 1 or T_0 != int(T_0): raise ValueError(f"T_0 is a whole number of epochs, at least 1, not {T_0}")
-        if T_mult < 1 or T_mult != int(T_mult): raise ValueError(f"T_mult is a whole number, at least 1, not {T_mult}")
+        if T_0 < 1 or T_0 != int(T_0):
+            raise ValueError(f"T_0 is a whole number of epochs, at least 1, not {T_0}")
+        if T_mult < 1 or T_mult != int(T_mult):
+            raise ValueError(f"T_mult is a whole number, at least 1, not {T_mult}")
         super().__init__({'lr': None})
         self.T_0, self.T_mult, self.eta_min = int(T_0), int(T_mult), eta_min
 
@@ -57,5 +59,6 @@ def fit_warm_restarts(
     start_epoch: int = 0 # skip the epochs before this one
 ) -> None: # `learn` is trained in place
     "Fit `learn` under cosine annealing with warm restarts."
-    restarts = WarmRestarts(T_0, T_mult, eta_min=eta_min)
-    learn.fit(T_0 if n_epoch is None else n_epoch, lr, wd=wd, cbs=L(restarts) + L(cbs), reset_opt=reset_opt, start_epoch=start_epoch)
+    cbs = L(WarmRestarts(T_0, T_mult, eta_min=eta_min)) + L(cbs)
+    n_epoch = T_0 if n_epoch is None else n_epoch
+    learn.fit(n_epoch, lr, wd=wd, cbs=cbs, reset_opt=reset_opt, start_epoch=start_epoch)

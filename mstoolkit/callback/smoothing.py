@@ -26,15 +26,22 @@ class LabelSmoothing(AttachedCallback):
         over: str = 'others', # who shares it, as in `SmoothedCrossEntropy`
         *,
         on_valid: bool = True # validate with the same criterion, as Report A does; false: with the learner's own
-    ): self.eps, self.over, self.on_valid, self.smoothed = eps, over, on_valid, SmoothedCrossEntropy(eps, over)
+    ):
+        self.eps, self.over, self.on_valid = eps, over, on_valid
+        self.smoothed = SmoothedCrossEntropy(eps, over)  # already here, so that a bad option is refused at once
 
-    def attach(self, learn: Learner):
+    def attach(self,
+        learn: Learner # the one to train with the smoothed loss
+    ):
         "Put the smoothed loss in the place of the learner's."
         self.plain = learn.loss_func
-        self.smoothed = SmoothedCrossEntropy(self.eps, self.over, weight=getattr(loss_kernel(self.plain), 'weight', None))
+        weight = getattr(loss_kernel(self.plain), 'weight', None)
+        self.smoothed = SmoothedCrossEntropy(self.eps, self.over, weight=weight)
         learn.loss_func = self.smoothed
 
-    def detach(self, learn: Learner):
+    def detach(self,
+        learn: Learner # the one to give its own loss back to
+    ):
         "Put the learner's own loss back, unless somebody has changed it meanwhile."
         if learn.loss_func is self.smoothed: learn.loss_func = self.plain
 
@@ -44,7 +51,10 @@ class LabelSmoothing(AttachedCallback):
             raise ValueError(f"LabelSmoothing stands in for a cross entropy, but this learner's loss is {self.plain}: "
                              "make the learner with loss_func=CrossEntropyLossFlat()")
 
-    def before_train(self): self.learn.loss_func = self.smoothed
+    def before_train(self):
+        "Train with the smoothed loss."
+        self.learn.loss_func = self.smoothed
 
     def before_validate(self):
+        "Validate with the learner's own loss, if so asked."
         if not self.on_valid: self.learn.loss_func = self.plain

@@ -34,16 +34,18 @@ def _step_seconds(model: nn.Module, x: torch.Tensor) -> float:
 # %% ../../nbs/380_callback.speed.ipynb #3899a947
 def time_formats(
     model: nn.Module, # timed as a copy: weights and statistics stay as they are
-    x: torch.Tensor, # a batch of images, where and as large as those of the training
+    x: torch.Tensor, # (B, C, H, W) images, where and as large as those of the training
     *,
     repeats: int = 4, # steps in each format, in turn
-    precision: torch.dtype|None = None # autocast to this
+    precision: torch.dtype|None = None # autocast to this; `None`: no autocast
 ) -> dict: # format → median seconds of a training step
     "Time training steps in both memory formats, in turn."
     copies = {n: deepcopy(model).train().to(memory_format=f) for n, f in formats.items()}
-    xs, seconds = {n: x.detach().as_subclass(torch.Tensor).contiguous(memory_format=f) for n, f in formats.items()}, {n: [] for n in formats}
+    x = x.detach().as_subclass(torch.Tensor)
+    xs, seconds = {n: x.contiguous(memory_format=f) for n, f in formats.items()}, {n: [] for n in formats}
     devices = [x.device] if x.device.type == 'cuda' else []
-    with torch.random.fork_rng(devices), torch.autocast(x.device.type, precision or torch.float32, enabled=precision is not None):
+    autocast = torch.autocast(x.device.type, precision or torch.float32, enabled=precision is not None)
+    with torch.random.fork_rng(devices), autocast:
         for i in range(repeats+1):
             for n in formats:
                 s = _step_seconds(copies[n], xs[n])
@@ -61,7 +63,8 @@ class MemoryFormat(Callback):
         min_gain: float = .05 # leave contiguous only for a gain above the noise
     ):
         choice(memory_format, ('auto', *formats), 'memory_format')
-        self.min_gain, self.chosen, self.seconds = min_gain, None if memory_format == 'auto' else memory_format, {}
+        self.min_gain, self.seconds = min_gain, {}
+        self.chosen = None if memory_format == 'auto' else memory_format
 
     def before_fit(self):
         "Put the model into its format, once that is known."
@@ -71,11 +74,12 @@ class MemoryFormat(Callback):
         "On the first batch, measure."
         if self.chosen or not self.training or not is_training_fit(self.learn): return
         amp = getattr(self.learn, 'mixed_precision', None)
-        self.seconds = time_formats(self.model, self.x, precision=amp and {'fp16': torch.float16, 'bf16': torch.bfloat16}[amp.amp_mode.value])
-        ratio = self.seconds['contiguous']/self.seconds['channels-last']
-        self.chosen = 'channels-last' if ratio > 1+self.min_gain else 'contiguous'
-        print(f"memory format {self.chosen}: a step takes {self.seconds['contiguous']:.3f} s contiguous and {self.seconds['channels-last']:.3f} s "
-              "channels last", flush=True)
+        precision = amp and {'fp16': torch.float16, 'bf16': torch.bfloat16}[amp.amp_mode.value]
+        self.seconds = time_formats(self.model, self.x, precision=precision)
+        contiguous, last = self.seconds['contiguous'], self.seconds['channels-last']
+        self.chosen = 'channels-last' if contiguous/last > 1+self.min_gain else 'contiguous'
+        print(f"memory format {self.chosen}: a step takes {contiguous:.3f} s contiguous and {last:.3f} s channels last",
+              flush=True)
         self._apply()
 
     def _apply(self):

@@ -18,7 +18,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
-from .core import is_training_fit
+from .core import is_training_fit, table_columns
 from ..core import atomic_path, choice
 from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
@@ -30,8 +30,8 @@ def monitored(
     learn: Learner, # a learner whose recorder has begun a fit
     monitor: str # a column of its table: 'accuracy', 'valid_loss', 'train_loss', …
 ) -> int: # the column's place in `learn.recorder.values[-1]`
-    "Find `monitor` among the learner's metrics; `accuracy` also finds `valid_accuracy`, as it is called beside training metrics."
-    names = [o for o in learn.recorder.metric_names[1:] if o != 'time']
+    "Find `monitor` in the learner's table; `accuracy` also finds `valid_accuracy`, its name beside training metrics."
+    names = table_columns(learn.recorder)
     for name in (monitor, f'valid_{monitor}'):
         if name in names: return names.index(name)
     return names.index(choice(monitor, names, 'monitor'))
@@ -39,11 +39,11 @@ def monitored(
 # %% ../../nbs/330_callback.tracker.ipynb #48be7a70
 def monitored_value(
     learn: Learner, # a learner at the end of an epoch
-    monitor: str # a column of its table
+    monitor: str # a column of its table: 'accuracy', 'valid_loss', …
 ) -> float|None: # `None` when training or validation was cancelled or skipped, and no line is complete
     "The value of `monitor` in the epoch that ends."
     values = learn.recorder.values[-1]
-    if len(values) != sum(o != 'time' for o in learn.recorder.metric_names[1:]): return None
+    if len(values) != len(table_columns(learn.recorder)): return None
     value = values[monitored(learn, monitor)]
     if value is None: raise ValueError(f"there is no value of {monitor!r} to follow: is the validation set empty?")
     return float(value)
@@ -87,11 +87,14 @@ class MetricTracker(Callback):
         "Stay out of `lr_find` and predictions; refuse an unknown monitor before anything is trained."
         self.run = is_training_fit(self.learn)
         if not self.run: return
-        if not hasattr(self.learn, 'recorder'): raise ValueError(f"{type(self).__name__} reads the learner's Recorder, and this learner has none")
+        if not hasattr(self.learn, 'recorder'):
+            raise ValueError(f"{type(self).__name__} reads the learner's Recorder, and this learner has none")
         monitored(self.learn, self.monitor)
         self.trained = False
 
-    def after_train(self): self.trained = True
+    def after_train(self):
+        "Note that this epoch has trained."
+        self.trained = True
 
     def after_epoch(self):
         "Hand the epoch's value to `update`; `validate` ends an epoch too, but has trained nothing."
@@ -103,7 +106,7 @@ class MetricTracker(Callback):
 
     def update(self,
         value: float # this epoch's `monitor`
-    ): "What to do about it."
+    ): "Act on it; subclasses say how."
 
     _keep: tuple[str, ...] = ('n_epochs',)  # the attributes that make up the state
 
@@ -123,7 +126,7 @@ class PlateauLR(MetricTracker):
     def __init__(self,
         monitor: str = 'accuracy', # a column of the learner's table
         factor: float = .25, # what a reduction multiplies the rate by; Report A: .25
-        patience: int = 5, # epochs without improvement that are let pass; the next one reduces (torch's meaning; Report A: 5)
+        patience: int = 5, # epochs without improvement to let pass; the next one reduces (torch's meaning; Report A: 5)
         *,
         threshold: float = 1e-4, # smallest change that counts as improvement
         threshold_mode: str = 'rel', # 'rel': a share of the best; 'abs': an amount
@@ -132,12 +135,17 @@ class PlateauLR(MetricTracker):
         mode: str|None = None # 'max' or 'min' is better; `None`: by the name
     ):
         super().__init__(monitor, mode=mode)
-        if not 0 < factor < 1: raise ValueError(f"factor {factor} must lie between 0 and 1: it multiplies the learning rate (fastai's divides it)")
+        if not 0 < factor < 1:
+            raise ValueError(f"factor {factor} must lie between 0 and 1: "
+                             "it multiplies the learning rate (fastai's divides it)")
         one = torch.optim.SGD([torch.zeros(1)], lr=1.)
-        self.sched = ReduceLROnPlateau(one, self.mode, factor, patience, threshold, threshold_mode, cooldown, min_scale, eps=0.)
+        self.sched = ReduceLROnPlateau(one, self.mode, factor, patience, threshold, threshold_mode,
+                                       cooldown, min_scale, eps=0.)
 
     @property
-    def scale(self) -> float: return self.sched.optimizer.param_groups[0]['lr'] # what the schedule's rate is multiplied by
+    def scale(self) -> float: # `min_scale` to 1
+        "What the schedule's rate is multiplied by."
+        return self.sched.optimizer.param_groups[0]['lr']
 
     def before_batch(self):
         "Scale the rate of this step."
@@ -148,19 +156,24 @@ class PlateauLR(MetricTracker):
         "Give the schedule its own rate back."
         if self.scale != 1: self.opt.set_hyper('lr', self.unscaled)
 
-    def update(self, value):
+    def update(self,
+        value: float # this epoch's `monitor`
+    ):
         "Let torch decide."
         before = self.scale
         self.sched.step(value)
         if self.scale < before:
-            print(f"epoch {self.n_epochs}: no better {self.monitor} than {self.sched.best:.4f} for {self.sched.patience+1} epochs; "
+            print(f"epoch {self.n_epochs}: no better {self.monitor} than {self.sched.best:.4f} "
+                  f"for {self.sched.patience+1} epochs; "
                   f"learning rate times {self.scale/before:g}, {self.scale:g} in all")
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict: # plain values
         "What this tracker remembers, torch's counters and the multiplier included."
         return super().state_dict() | {'sched': self.sched.state_dict(), 'scale': self.scale}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state: dict # from `state_dict`
+    ):
         "Go on from where `state` was taken."
         super().load_state_dict(state)
         self.sched.load_state_dict(state['sched'])
@@ -174,7 +187,7 @@ class EarlyStop(MetricTracker):
         monitor: str = 'accuracy', # a column of the learner's table
         patience: int = 15, # epochs in a row without improvement; the last of them ends the fit (Report A: 15)
         *,
-        tie: float|None = 1e-4, # so close to the best, a lower validation loss counts as improvement (Report A); `None`: never
+        tie: float|None = 1e-4, # so close to the best, a lower validation loss is an improvement (Report A); `None`: never
         mode: str|None = None # 'max' or 'min' is better; `None`: by the name
     ):
         super().__init__(monitor, mode=mode)
@@ -188,7 +201,9 @@ class EarlyStop(MetricTracker):
         super().before_fit()
         if self.run and self.stopped_epoch is not None: self.wait, self.stopped_epoch, self.reason = 0, None, None
 
-    def update(self, value):
+    def update(self,
+        value: float # this epoch's `monitor`
+    ):
         "Count the epochs without improvement."
         loss = _valid_loss(self.learn)
         if improves(value, self.best, mode=self.mode, loss=loss, best_loss=self.best_loss, tie=self.tie):
@@ -200,7 +215,8 @@ class EarlyStop(MetricTracker):
     def _stop(self):
         best = 'was never a number' if self.best is None else f'was best in epoch {self.best_epoch} ({self.best:.4f})'
         self.stopped_epoch = self.n_epochs
-        self.reason = f"stopped after epoch {self.n_epochs}: no improvement for {self.wait} epochs; {self.monitor} {best}"
+        self.reason = (f"stopped after epoch {self.n_epochs}: no improvement for {self.wait} epochs; "
+                       f"{self.monitor} {best}")
         print(self.reason)
         raise CancelFitException
 
@@ -219,8 +235,8 @@ class KeepBest(MetricTracker):
     def __init__(self,
         monitor: str = 'accuracy', # a column of the learner's table
         *,
-        file: str|Path|None = None, # where to keep the weights; `None`: `best.safetensors` in `learn.path/learn.model_dir`
-        tie: float|None = 0., # so close to the best, a lower validation loss is better; 0: only among equals; `None`: never
+        file: str|Path|None = None, # where to keep the weights; `None`: `learn.path/learn.model_dir/best.safetensors`
+        tie: float|None = 0., # so close to the best, a lower validation loss is better; 0: among equals; `None`: never
         mode: str|None = None # 'max' or 'min' is better; `None`: by the name
     ):
         super().__init__(monitor, mode=mode)
@@ -234,7 +250,9 @@ class KeepBest(MetricTracker):
         if self.file is None: self.file = Path(self.learn.path)/self.learn.model_dir/'best.safetensors'
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
-    def update(self, value):
+    def update(self,
+        value: float # this epoch's `monitor`
+    ):
         "Keep the weights if they are the best so far."
         loss = _valid_loss(self.learn)
         if not improves(value, self.best, mode=self.mode, loss=loss, best_loss=self.best_loss, tie=self.tie): return
@@ -244,8 +262,8 @@ class KeepBest(MetricTracker):
     def _save(self):
         "Write the weights; in a distributed run the first process does it for all."
         if rank_distrib(): return
-        with atomic_path(self.file) as tmp:
-            save_weights(get_model(self.learn.model), str(tmp), {'mark': self.mark, 'epoch': str(self.best_epoch), self.monitor: str(self.best)})
+        about = {'mark': self.mark, 'epoch': str(self.best_epoch), self.monitor: str(self.best)}
+        with atomic_path(self.file) as tmp: save_weights(get_model(self.learn.model), str(tmp), about)
 
     def after_fit(self):
         "Load the best weights, unless they are the ones at hand."
@@ -255,14 +273,17 @@ class KeepBest(MetricTracker):
         learn: Learner # the learner to give the weights to; after Ctrl-C, the interrupted one
     ):
         "Load the best weights into `learn`."
-        if self.best_epoch is None: raise ValueError(f"no epoch has ended with a number for {self.monitor} yet, so there are no best weights")
+        if self.best_epoch is None:
+            raise ValueError(f"no epoch has ended with a number for {self.monitor} yet, so there are no best weights")
         distrib_barrier()
         if not rank_distrib(): self._check_mark()
         load_weights(get_model(learn.model), self.file)
 
     def _check_mark(self):
         with safe_open(self.file, 'pt') as f: mark = (f.metadata() or {}).get('mark')
-        if mark != self.mark: raise ValueError(f"{str(self.file)!r} was overwritten by another training: give each its own, KeepBest(file=…)")
+        if mark != self.mark:
+            raise ValueError(f"{str(self.file)!r} was overwritten by another training: "
+                             "give each its own, KeepBest(file=…)")
 
     _keep = ('n_epochs', 'best', 'best_loss', 'best_epoch', 'mark')
 
@@ -271,5 +292,7 @@ class StopOnNaN(Callback):
     "End the run when an epoch's training loss is not a number: nothing that follows could be."
     run_valid = False
     def after_train(self):
+        "Look at the epoch's smoothed loss."
         if torch.isnan(torch.as_tensor(self.learn.smooth_loss)):
-            raise ValueError(f"the training loss is not a number in epoch {self.epoch+1}: choose a lower --lr, or precision fp32")
+            raise ValueError(f"the training loss is not a number in epoch {self.epoch+1}: "
+                             "choose a lower --lr, or precision fp32")

@@ -29,7 +29,7 @@ from ..core import choice
 def check_name(
     name: str # a timm architecture, with or without the tag of its weights: 'resnest101e', 'resnest101e.in1k'
 ) -> str: # `name`
-    "Return `name` if timm has this architecture and these weights; otherwise raise a `ValueError` with the near matches."
+    "Return `name` if timm has this architecture and these weights; otherwise a `ValueError` names the near matches."
     arch, tag = split_model_name_tag(name)
     choice(arch, timm.list_models(), 'backbone')
     tags = [t for t in get_arch_pretrained_cfgs(arch) if '.' in t]
@@ -38,14 +38,15 @@ def check_name(
 
 # %% ../../nbs/210_models.backbone.ipynb #d7fa02e0
 def _reachable(url: str, timeout: float = 5.) -> bool:
-    "True when the server of `url` answers within `timeout` seconds, whatever it says; proxies from the environment are used."
+    "Whether the server of `url` answers within `timeout` seconds, whatever it says; the environment's proxies are used."
     answers = queue.SimpleQueue()
     def head():
         try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=timeout).close()
         except urllib.error.HTTPError: pass  # an error page is an answer
         except OSError: return answers.put(False)
         answers.put(True)
-    threading.Thread(target=head, daemon=True).start()  # a thread, because a look-up of the host's name obeys no timeout
+    # a thread, because a look-up of the host's name obeys no timeout
+    threading.Thread(target=head, daemon=True).start()
     try: return answers.get(timeout=timeout)
     except queue.Empty: return False
 
@@ -60,21 +61,23 @@ def _hub_cached(cfg) -> str|None:
 
 # %% ../../nbs/210_models.backbone.ipynb #30d2d6ef
 def _no_download(name: str, why: str) -> ConnectionError:
-    return ConnectionError(f"cannot download the pretrained weights of {name!r} ({why}): load a local file with weights_file= "
-                           f"(--weights-file), or start from random weights with pretrained=False (--no-pretrained)")
+    return ConnectionError(f"cannot download the pretrained weights of {name!r} ({why}): "
+                           "load a local file with weights_file= (--weights-file), "
+                           "or start from random weights with pretrained=False (--no-pretrained)")
 
 def _pretrained_kw(name: str) -> dict:
-    "Arguments that make `timm.create_model` load the pretrained weights of `name`; fails within seconds when it cannot."
+    "Arguments that make `timm.create_model` load the pretrained weights of `name`; fails within seconds if it cannot."
     cfg = get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         arch, others = split_model_name_tag(name)[0], ''
         if tags := timm.list_pretrained(f'{arch}.*'): others = f"choose one of {', '.join(tags)}, or "
-        raise ValueError(f"timm has no pretrained weights for {name!r}: {others}use weights_file= (--weights-file) "
-                         f"or pretrained=False (--no-pretrained)")
+        raise ValueError(f"timm has no pretrained weights for {name!r}: {others}"
+                         "use weights_file= (--weights-file) or pretrained=False (--no-pretrained)")
     if cfg.file: return dict(pretrained=True)
     if cfg.hf_hub_id:
         from huggingface_hub import constants
-        if file := _hub_cached(cfg): return dict(pretrained=True, pretrained_cfg_overlay=dict(file=file, custom_load=cfg.custom_load))
+        if file := _hub_cached(cfg):
+            return dict(pretrained=True, pretrained_cfg_overlay=dict(file=file, custom_load=cfg.custom_load))
         if constants.HF_HUB_OFFLINE: raise _no_download(name, 'not in the cache, and HF_HUB_OFFLINE is set')
         url = constants.ENDPOINT
     else:
@@ -84,7 +87,8 @@ def _pretrained_kw(name: str) -> dict:
     return dict(pretrained=True)
 
 # %% ../../nbs/210_models.backbone.ipynb #189e5a84
-_wrappers = ('module_', '_orig_mod_', 'model_', 'body_', 'net_', '0_')  # DDP, torch.compile, timm's feature wrappers, ours
+# what DDP, torch.compile, timm's feature wrappers and our own models put before a name
+_wrappers = ('module_', '_orig_mod_', 'model_', 'body_', 'net_', '0_')
 
 def canonical_key(
     key: str # name of a parameter or module in a timm model, wrapped or not
@@ -95,7 +99,9 @@ def canonical_key(
     return key
 
 # %% ../../nbs/210_models.backbone.ipynb #d5904b5b
-def _why(e: Exception) -> str: return str(e).partition('\n')[0] or type(e).__name__ # the first line of an error's text
+def _why(e: Exception) -> str:
+    "The first line of an error's text."
+    return str(e).partition('\n')[0] or type(e).__name__
 
 def read_weights(
     path: str|Path # a .safetensors file, or a .pt/.pth file that holds tensors alone
@@ -103,14 +109,18 @@ def read_weights(
     "Read a `state_dict` from a file without ever running code from it."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights file at {str(path)!r}")
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        if path.suffix == '.safetensors': state = load_file(path)
+        else: state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         why = _why(e)
         if 'Weights only load failed' in why:
             objects = ', '.join(dict.fromkeys(re.findall(r'GLOBAL (\S+)', str(e)))) or 'objects'
             why = f'it holds pickled {objects} besides tensors, and loading those could run code'
-        raise ValueError(f"{str(path)!r} is not a file of weights alone ({why}); save it again with torch.save(model.state_dict(), ...)") from e
-    except Exception as e:  # what torch raises for a file that is none of its own has no end: KeyError, RuntimeError, EOFError …
+        raise ValueError(f"{str(path)!r} is not a file of weights alone ({why}); "
+                         "save it again with torch.save(model.state_dict(), ...)") from e
+    # what torch raises for a file that is none of its own has no end: KeyError, RuntimeError, EOFError …
+    except Exception as e:
         raise ValueError(f"{str(path)!r} is not a readable .safetensors, .pt or .pth file: {_why(e)}") from e
     for k in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):  # as timm's and other training scripts nest it
         if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]; break
@@ -147,8 +157,8 @@ def _load_file(net: nn.Module, name: str, file: str|Path, kw: dict) -> nn.Module
     if not (why := _load_state(net, state)): return net
     heads = get_pretrained_cfg(name).classifier or ()
     heads = tuple(f'{o}.' for o in ([heads] if isinstance(heads, str) else heads))
-    state = {k: v for k, v in state.items() if not k.startswith(heads)}
-    try: return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, num_classes=0), **kw)
+    overlay = dict(state_dict={k: v for k, v in state.items() if not k.startswith(heads)}, num_classes=0)
+    try: return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kw)
     except Exception as e:  # whatever timm's converter for another format stumbles over, the file does not fit
         raise ValueError(f"{str(file)!r} does not fit backbone {name!r}: {why}") from e
 
@@ -157,9 +167,10 @@ def pick_stages(
     strides: list, # of every map the model offers, shallow to deep
     n_stages: int # how many to take
 ) -> list: # their indices, shallow to deep
-    "The last `n_stages` maps; when all share one stride (ViT, ConvMixer), as many evenly spaced blocks that end with the last."
+    "The last `n_stages` maps; when all share one stride (ViT, ConvMixer), as many spaced evenly up to the last."
     n = len(strides)
-    if not 1 <= n_stages <= n: raise ValueError(f"n_stages={n_stages} is out of range: the backbone offers {n} maps, with strides {strides}")
+    if not 1 <= n_stages <= n:
+        raise ValueError(f"n_stages={n_stages} is out of range: the backbone offers {n} maps, with strides {strides}")
     if len(set(strides)) > 1 or n == 1: return list(range(n - n_stages, n))
     return [(i + 1)*n//n_stages - 1 for i in range(n_stages)]
 
@@ -172,20 +183,22 @@ class TimmStages(nn.Module):
         in_chans: int = 3, # channels of the input images
         n_stages: int = 3, # number of maps; the reports fuse three
         weights_file: str|Path|None = None, # local .safetensors, .pt or .pth file to load instead of timm's weights
-        img_size: int|tuple|None = None # side, or (height, width), of the input images; models built for one size (ViT, Swin) are built for this one
+        img_size: int|tuple|None = None # side, or (height, width), in pixels; models of one size (ViT, Swin) are built for it
     ):
         super().__init__()
         self.name = check_name(name)
         kw = dict(_fixed_size(name, img_size), in_chans=in_chans, features_only=True)
         load = _pretrained_kw(name) if pretrained and not weights_file else {}
-        with torch.device('meta'): sketch = _create(name, **kw)  # no memory, and its answers come before any download
+        # a sketch takes no memory, and its answers come before any download
+        with torch.device('meta'): sketch = _create(name, **kw)
         info = sketch.feature_info.info
         picks = pick_stages([o['reduction'] for o in info], n_stages)
         try: net = _create(name, out_indices=tuple(picks), **kw, **load)
         except OSError as e: raise _no_download(name, _why(e)) from e
         if weights_file: net = _load_file(net, name, weights_file, dict(kw, out_indices=tuple(picks)))
         self.net, self.channels_last = net, getattr(net, 'output_fmt', Format.NCHW) == Format.NHWC
-        self.info = [dict(module=o['module'], channels=o['num_chs'], stride=o['reduction']) for o in info] # every map the model offers
+        # every map the model offers
+        self.info = [dict(module=o['module'], channels=o['num_chs'], stride=o['reduction']) for o in info]
         self.channels = [self.info[i]['channels'] for i in picks]
         self.strides = [self.info[i]['stride'] for i in picks]
         cfg = net.pretrained_cfg
@@ -197,14 +210,18 @@ class TimmStages(nn.Module):
     def forward(self,
         x: torch.Tensor # images (B, in_chans, H, W)
     ) -> list: # `n_stages` maps (B, C_i, H_i, W_i), shallow to deep
+        "The maps of `x`."
         xs = self.net(x)
         return [o.permute(0, 3, 1, 2) for o in xs] if self.channels_last else list(xs)
 
-    def extra_repr(self): return f'{self.name!r}, channels={self.channels}, strides={self.strides}'
+    def extra_repr(self) -> str: # for `repr`
+        "The backbone and its maps, as torch prints them."
+        return f'{self.name!r}, channels={self.channels}, strides={self.strides}'
 
 # %% ../../nbs/210_models.backbone.ipynb #b7f34f08
 def _try_size(sketch: nn.Module, name: str, in_chans: int, hw: tuple):
-    "Run `sketch`, a network on the meta device, on images of size `hw`: some models can be built for a size and yet not take it."
+    "Run `sketch`, a network on the meta device, on images of size `hw`."
+    # some models can be built for a size and yet not take it
     try: sketch.eval()(torch.empty(2, in_chans, *hw, device='meta'))
     except (AssertionError, RuntimeError, ValueError) as e:
         if 'meta tensors' in str(e): return  # a model that looks at numbers: there are none here to look at
@@ -213,7 +230,8 @@ def _try_size(sketch: nn.Module, name: str, in_chans: int, hw: tuple):
 def _pair(size) -> tuple: return (size, size) if isinstance(size, int) else tuple(size)
 
 def _per_channel(stats, n: int) -> tuple:
-    "`stats` for `n` input channels: timm sums or repeats the filters of another number of channels, so their average serves each."
+    "`stats` for `n` input channels."
+    # timm sums or repeats the filters of another number of channels, so their average serves each
     return tuple(stats) if len(stats) == n else (sum(stats)/len(stats),)*n
 
 def _fixed_size(name: str, img_size) -> dict:
@@ -225,7 +243,8 @@ def _fixed_size(name: str, img_size) -> dict:
 def _create(name: str, **kw) -> nn.Module:
     "`timm.create_model`, with what it asserts about sizes and outputs turned into an error that names the backbone."
     try: return timm.create_model(name, **kw)
-    except (AssertionError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as e:
+    except (AssertionError, NotImplementedError, TypeError, ValueError, AttributeError,
+            KeyError, IndexError, RuntimeError) as e:
         size = f" for images of {'x'.join(map(str, kw['img_size']))} px" if 'img_size' in kw else ''
         raise ValueError(f"backbone {name!r} cannot be built{size} as a list of feature maps: {_why(e)}") from e
 
@@ -234,11 +253,13 @@ def check_size(
     stages: TimmStages, # the backbone
     size: int|tuple # side, or (height, width), of the images in pixels
 ) -> tuple: # (height, width)
-    "Raise a `ValueError` when images of `size` are too small for `stages`, or are not of the one size it was built for."
+    "Raise a `ValueError` when images of `size` are too small for `stages`, or not of the one size it was built for."
     hw, stride = _pair(size), max(stages.strides)
     if min(hw) < stride:
-        raise ValueError(f"images of {hw[0]}x{hw[1]} px are smaller than the stride of {stages.name!r}, {stride}: use at least {stride}x{stride}")
+        raise ValueError(f"images of {hw[0]}x{hw[1]} px are smaller than the stride of {stages.name!r}, {stride}: "
+                         f"use at least {stride}x{stride}")
     if stages.fixed_size and hw != stages.input_size:
-        raise ValueError(f"{stages.name!r} was built for images of {stages.input_size[0]}x{stages.input_size[1]} px, not {hw[0]}x{hw[1]}: "
+        h, w = stages.input_size
+        raise ValueError(f"{stages.name!r} was built for images of {h}x{w} px, not {hw[0]}x{hw[1]}: "
                          f"build it with img_size={hw}")
     return hw

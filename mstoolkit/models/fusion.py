@@ -23,8 +23,8 @@ from .backbone import TimmStages
 
 # %% ../../nbs/230_models.fusion.ipynb #2a47c008
 def pool_weights(
-    n_in: int, # length before upsampling
-    n_out: int, # length after
+    n_in: int, # length before upsampling, pixels
+    n_out: int, # length after, pixels
     device: torch.device|str = 'cpu', # where to put them
     dtype: torch.dtype = torch.float32 # computed in float64, then rounded to this
 ) -> torch.Tensor: # (n_in,), sums to 1
@@ -32,10 +32,12 @@ def pool_weights(
     if torch.compiler.is_compiling(): return _pool_weights.__wrapped__(n_in, n_out, torch.device(device), dtype)
     return _pool_weights(n_in, n_out, torch.device(device), dtype)
 
-@lru_cache(maxsize=512)  # kept outside the modules, which stay plain to copy, pickle and move; one copy to the device per size
+# kept outside the modules, which stay plain to copy, pickle and move; one copy to the device per size
+@lru_cache(maxsize=512)
 def _pool_weights(n_in, n_out, device, dtype):
     with torch.inference_mode(False), torch.no_grad():  # what inference caches, training must be able to use
-        rows = F.interpolate(torch.eye(n_in, dtype=torch.float64)[None], size=n_out, mode='linear', align_corners=False)[0]
+        eye = torch.eye(n_in, dtype=torch.float64)[None]
+        rows = F.interpolate(eye, size=n_out, mode='linear', align_corners=False)[0]
         return rows.mean(1).to(device=device, dtype=dtype)
 
 # %% ../../nbs/230_models.fusion.ipynb #62c99977
@@ -51,19 +53,27 @@ def pool_like(
 
 # %% ../../nbs/230_models.fusion.ipynb #86791710
 class PointwiseConv(nn.Conv2d):
-    "A 1x1 convolution without bias that is a matrix product on maps of one pixel, where torch's convolution is slower."
+    "A 1x1 convolution without bias; on maps of one pixel a matrix product, as torch's convolution is slower there."
     def __init__(self,
         c_in: int, # channels in
         c_out: int # channels out
     ): super().__init__(c_in, c_out, 1, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self,
+        x: torch.Tensor # (B, c_in, H, W)
+    ) -> torch.Tensor: # (B, c_out, H, W)
+        "Mix the channels of each pixel."
         if x.shape[-2:] != (1, 1): return super().forward(x)
         return F.linear(x.flatten(1), self.weight.flatten(1))[..., None, None]
 
 # %% ../../nbs/230_models.fusion.ipynb #fb30e36b
+def _gate(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
+    "Two linear layers without biases that end in numbers from 0 to 1."
+    return nn.Sequential(nn.Linear(c_in, hidden, bias=False), nn.ReLU(),
+                         nn.Linear(hidden, c_out, bias=False), nn.Sigmoid())
+
 class SqueezeExcite(nn.Module):
-    "Channel attention: scale every channel by a function of all channels' means (Hu et al. 2018, arXiv:1709.01507), without biases."
+    "Channel attention: scale every channel by a function of all channels' means (Hu et al. 2018, arXiv:1709.01507)."
     def __init__(self,
         c: int, # channels
         reduction: int = 16, # `c//reduction` hidden channels ...
@@ -71,23 +81,40 @@ class SqueezeExcite(nn.Module):
     ):
         super().__init__()
         hidden = max(min_hidden, c//reduction)
-        self.fc = nn.Sequential(nn.Linear(c, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, c, bias=False), nn.Sigmoid())
+        self.fc = _gate(c, hidden, c)
 
-    def scale(self, x: torch.Tensor) -> torch.Tensor: return self.fc(x.mean((-2, -1)))[..., None, None] # (B, C, 1, 1)
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return x*self.scale(x)
+    def scale(self,
+        x: torch.Tensor # (B, C, H, W)
+    ) -> torch.Tensor: # (B, C, 1, 1), each in (0, 1)
+        "What each channel is scaled by."
+        return self.fc(x.mean((-2, -1)))[..., None, None]
+
+    def forward(self,
+        x: torch.Tensor # (B, C, H, W)
+    ) -> torch.Tensor: # (B, C, H, W)
+        "Scale the channels of `x`."
+        return x*self.scale(x)
 
 # %% ../../nbs/230_models.fusion.ipynb #ffc39d89
 class GatedFusion(nn.Module):
-    "One gate per map, from the means of all maps, and the gated sum of the maps (Report A, figure 7; after arXiv:1702.01992)."
+    "One gate per map, from the means of all, and the gated sum of the maps (Report A, figure 7; after arXiv:1702.01992)."
     def __init__(self,
         c: int, # channels of each map
         n: int # number of maps
     ):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(c*n, max(1, c//2), bias=False), nn.ReLU(), nn.Linear(max(1, c//2), n, bias=False), nn.Sigmoid())
+        self.mlp = _gate(c*n, max(1, c//2), n)
 
-    def gates(self, vs: list) -> torch.Tensor: return self.mlp(torch.cat([v.mean((-2, -1)) for v in vs], 1)) # (B, n), each in (0, 1)
-    def forward(self, vs: list) -> torch.Tensor:
+    def gates(self,
+        vs: list # `n` maps (B, c, H, W)
+    ) -> torch.Tensor: # (B, n), each in (0, 1)
+        "The gate of each map."
+        return self.mlp(torch.cat([v.mean((-2, -1)) for v in vs], 1))
+
+    def forward(self,
+        vs: list # `n` maps (B, c, H, W), of one size
+    ) -> torch.Tensor: # (B, c, H, W)
+        "The sum of the maps, each times its gate."
         alpha = self.gates(vs)[..., None, None]
         return sum(alpha[:, i, None]*v for i, v in enumerate(vs))
 
@@ -107,9 +134,10 @@ heads = {}  # name -> class
 def register_head(
     name: str # by which `multiscale_model` and recipes call it
 ) -> Callable: # a class decorator
-    "Register a head `cls(channels, n_out, **options)`, which maps the list of feature maps to logits, under `name`."
+    "Register a head `cls(channels, n_out, **options)`, which turns a list of feature maps into logits, under `name`."
     def register(cls):
-        if heads.get(name, cls) is not cls: raise ValueError(f"a head called {name!r} is registered already: {heads[name].__name__}")
+        if heads.get(name, cls) is not cls:
+            raise ValueError(f"a head called {name!r} is registered already: {heads[name].__name__}")
         heads[name] = cls
         return cls
     return register
@@ -122,27 +150,40 @@ class FusionHead(nn.Module):
         act: str|None = None # 'relu', 'gelu' or 'silu': a different, nonlinear model, which cannot collapse
     ):
         super().__init__()
-        if len(channels) < 2: raise ValueError(f"a fusion head needs the maps of at least 2 stages, not {len(channels)}: raise n_stages")
+        if len(channels) < 2:
+            raise ValueError(f"a fusion head needs the maps of at least 2 stages, not {len(channels)}: raise n_stages")
         self.channels, self.act = list(channels), act
 
     @property
-    def collapses(self) -> bool: return self.act is None # whether `forward` works on pooled maps
+    def collapses(self) -> bool: # true without a nonlinearity
+        "Whether `forward` works on pooled maps."
+        return self.act is None
 
-    def forward(self, xs: list) -> torch.Tensor: # maps, shallow to deep -> logits (B, n_out)
+    def forward(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> torch.Tensor: # (B, n_out) logits
+        "Fuse and classify, on pooled maps where that is the same."
         if not self.collapses: return self.forward_spatial(xs)
         return self.classifier(self.fuse([pool_like(x, xs[0]) for x in xs]))
 
-    def forward_spatial(self, xs: list) -> torch.Tensor: # the same logits by way of full-size maps
+    def forward_spatial(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> torch.Tensor: # (B, n_out) logits
+        "The same logits by way of full-size maps, as published."
         size = xs[0].shape[-2:]
-        up = [x if x.shape[-2:] == size else F.interpolate(x, size=size, mode='bilinear', align_corners=False) for x in xs]
+        up = [x if x.shape[-2:] == size else F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+              for x in xs]
         return self.classifier(self.fuse(up))
 
-    def extra_repr(self): return f"channels={self.channels}, " + ('collapsed' if self.collapses else f'act={self.act!r}, spatial')
+    def extra_repr(self) -> str: # for `repr`
+        "The maps' channels and the path taken, as torch prints them."
+        path = 'collapsed' if self.collapses else f'act={self.act!r}, spatial'
+        return f"channels={self.channels}, {path}"
 
 # %% ../../nbs/230_models.fusion.ipynb #3f1067b4
 @register_head('plain')
 class PlainHead(nn.Module):
-    "Average pool of the deepest map and a linear layer: Report A's baseline, and timm's own head on most backbones."
+    "Average pool of the deepest map, linear layer: Report A's baseline, and timm's own head on most backbones."
     def __init__(self,
         channels: list, # of each map, shallow to deep; the last is used
         n_out: int, # number of classes
@@ -152,7 +193,12 @@ class PlainHead(nn.Module):
         super().__init__()
         self.classifier = _classifier(channels[-1], n_out, drop)
 
-    def forward(self, xs: list) -> torch.Tensor: return self.classifier(xs[-1])
+    def forward(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> torch.Tensor: # (B, n_out) logits
+        "Classify by the deepest map."
+        return self.classifier(xs[-1])
+
     forward_spatial = forward  # it has no other path
 
 # %% ../../nbs/230_models.fusion.ipynb #508e1269
@@ -167,16 +213,21 @@ class MlpHead(nn.Module):
         drop: float = .3 # dropout before its nonlinearity, as in the report
     ):
         super().__init__()
-        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], hidden), nn.Dropout(drop), nn.ReLU(),
-                                        nn.Linear(hidden, n_out))
+        self.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], hidden),
+                                        nn.Dropout(drop), nn.ReLU(), nn.Linear(hidden, n_out))
 
-    def forward(self, xs: list) -> torch.Tensor: return self.classifier(xs[-1])
+    def forward(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> torch.Tensor: # (B, n_out) logits
+        "Classify by the deepest map."
+        return self.classifier(xs[-1])
+
     forward_spatial = forward
 
 # %% ../../nbs/230_models.fusion.ipynb #dc3548cf
 @register_head('pyramid')
 class PyramidHead(FusionHead):
-    "Concatenate all maps, mix them by a 1x1 convolution to the deepest map's width, SE, classify (Report A, figure 6)."
+    "Concatenate all maps, mix them by a 1x1 convolution to the deepest's width, SE, classify (Report A, figure 6)."
     def __init__(self,
         channels: list, # of each map, shallow to deep
         n_out: int, # number of classes
@@ -185,10 +236,15 @@ class PyramidHead(FusionHead):
         act: str|None = None # nonlinearity after the convolution; see `FusionHead`
     ):
         super().__init__(channels, act)
-        self.fuse_conv, self.norm_act = PointwiseConv(sum(channels), channels[-1]), _norm_act(channels[-1], act)
-        self.se, self.classifier = SqueezeExcite(channels[-1]), _classifier(channels[-1], n_out, drop)
+        w = channels[-1]  # the width of the deepest map, as in the report
+        self.fuse_conv, self.norm_act = PointwiseConv(sum(channels), w), _norm_act(w, act)
+        self.se, self.classifier = SqueezeExcite(w), _classifier(w, n_out, drop)
 
-    def fuse(self, xs: list) -> torch.Tensor: return self.se(self.norm_act(self.fuse_conv(torch.cat(xs, 1))))
+    def fuse(self,
+        xs: list # maps (B, C_i, H, W) of one size, shallow to deep
+    ) -> torch.Tensor: # (B, C_deepest, H, W)
+        "All maps to one."
+        return self.se(self.norm_act(self.fuse_conv(torch.cat(xs, 1))))
 
 # %% ../../nbs/230_models.fusion.ipynb #4e3fef44
 @register_head('gated')
@@ -205,10 +261,20 @@ class GatedHead(FusionHead):
         w = channels[-2]  # the width of the map before the deepest, as in the report
         self.convs = nn.ModuleList(PointwiseConv(c, w) for c in channels)
         self.norm_acts = nn.ModuleList(_norm_act(w, act) for _ in channels)
-        self.gated_fusion, self.se, self.classifier = GatedFusion(w, len(channels)), SqueezeExcite(w), _classifier(w, n_out, drop)
+        self.gated_fusion = GatedFusion(w, len(channels))
+        self.se, self.classifier = SqueezeExcite(w), _classifier(w, n_out, drop)
 
-    def project(self, xs: list) -> list: return [na(conv(x)) for x, conv, na in zip(xs, self.convs, self.norm_acts)] # each to (B, w, h, w)
-    def fuse(self, xs: list) -> torch.Tensor: return self.se(self.gated_fusion(self.project(xs)))
+    def project(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> list: # maps (B, width, H_i, W_i)
+        "Bring each map to the head's width."
+        return [na(conv(x)) for x, conv, na in zip(xs, self.convs, self.norm_acts)]
+
+    def fuse(self,
+        xs: list # maps (B, C_i, H, W) of one size, shallow to deep
+    ) -> torch.Tensor: # (B, width, H, W)
+        "All maps to one."
+        return self.se(self.gated_fusion(self.project(xs)))
 
 # %% ../../nbs/230_models.fusion.ipynb #f510ba32
 class MultiScaleModel(nn.Sequential):
@@ -221,10 +287,15 @@ class MultiScaleModel(nn.Sequential):
         super().__init__(body, head)
         self.config = config or {}
 
-    def forward_spatial(self, x: torch.Tensor) -> torch.Tensor: return self[1].forward_spatial(self[0](x)) # the same logits by way of full-size maps
+    def forward_spatial(self,
+        x: torch.Tensor # (B, in_chans, H, W) images
+    ) -> torch.Tensor: # (B, n_out) logits
+        "The same logits by way of full-size maps."
+        return self[1].forward_spatial(self[0](x))
 
 # %% ../../nbs/230_models.fusion.ipynb #c3006a84
-def _head_options(name: str) -> list: # names of the options that head `name` takes
+def _head_options(name: str) -> list:
+    "Names of the options that head `name` takes."
     return [p.name for p in inspect.signature(heads[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 def multiscale_model(
@@ -236,7 +307,7 @@ def multiscale_model(
     weights_file: str|Path|None = None, # local weights to start from instead
     in_chans: int = 3, # channels of the input images
     n_stages: int = 3, # maps to fuse; the reports take three
-    img_size: int|tuple|None = None, # side, or (height, width), of the images; needed by models built for one size
+    img_size: int|tuple|None = None, # side, or (height, width), in pixels; models of one size (ViT, Swin) are built for it
     **head_kw # options of the head
 ) -> MultiScaleModel: # body and head
     "A timm backbone with the head called `head` on its last `n_stages` maps."
@@ -244,5 +315,6 @@ def multiscale_model(
     for k in head_kw: choice(k, _head_options(head), f'option of head {head!r}:')
     if n_out < 1: raise ValueError(f"n_out={n_out}: a classifier needs at least one output")
     body = TimmStages(backbone, pretrained, in_chans, n_stages, weights_file, img_size)
-    config = dict(backbone=backbone, head=head, n_out=n_out, in_chans=in_chans, n_stages=n_stages, img_size=img_size, **head_kw)
+    config = dict(backbone=backbone, head=head, n_out=n_out, in_chans=in_chans, n_stages=n_stages,
+                  img_size=img_size, **head_kw)
     return MultiScaleModel(body, heads[head](body.channels, n_out, **head_kw), config)

@@ -39,11 +39,13 @@ def _head_of(keys: set, fc: str) -> str:
     if 'gated_fusion.mlp.0.weight' in keys: return 'gated'
     if 'fuse_conv.weight' in keys: return 'pyramid'
     if f'{fc}.weight' in keys: return 'plain'
-    raise ValueError(f"no head of Report A among {len(keys)} tensors: expected fuse_conv.* (pyramid), gated_fusion.* (gated) or {fc}.* (plain), "
+    raise ValueError(f"no head of Report A among {len(keys)} tensors: "
+                     f"expected fuse_conv.* (pyramid), gated_fusion.* (gated) or {fc}.* (plain), "
                      f"found {', '.join(sorted(keys)[:4])}, ...")
 
 def _head_key(key: str, head: str, fc: str, first: int) -> str|None:
-    "The library's name, inside the head, of a report's `key`; None when it belongs to the backbone. `first` is the lowest `conv*_1x1`."
+    "The library's name, inside the head, of a report's `key`; None when it belongs to the backbone."
+    # `first` is the lowest number of a `conv*_1x1`
     if head == 'plain': return key.replace(f'{fc}.', 'classifier.3.') if key.startswith(f'{fc}.') else None
     if m := re.fullmatch(r'conv(\d+)_1x1\.weight', key): return f'convs.{int(m[1]) - first}.weight'
     return key if key.startswith(('fuse_conv.', 'se.', 'gated_fusion.', 'classifier.')) else None
@@ -63,13 +65,17 @@ def recognise(
     body, new = {canonical_key(k): k for k in want}, {}
     for k, v in state.items():
         name = _head_key(k, head, fc, convs[0] if convs else 0)
-        if name is not None: new[f'1.{name}'] = v.flatten(1) if re.search(r'se\.fc|mlp', name) else v  # SE is often written with 1x1 convolutions
+        if name is not None:  # SE is often written with 1x1 convolutions
+            new[f'1.{name}'] = v.flatten(1) if re.search(r'se\.fc|mlp', name) else v
         elif (c := canonical_key(k)) in body: new[f'0.net.{body[c]}'] = v
-        else: raise ValueError(f"tensor {k!r} has no place in {backbone!r} with head {head!r}: name the backbone that the checkpoint was made from")
+        else:
+            raise ValueError(f"tensor {k!r} has no place in {backbone!r} with head {head!r}: "
+                             "name the backbone that the checkpoint was made from")
     bad = [k for k, v in want.items() if f'0.net.{k}' not in new or new[f'0.net.{k}'].shape != v.shape]
     if bad:
-        raise ValueError(f"{len(bad)} of {len(want)} tensors of backbone {backbone!r} are missing or have another shape: "
-                         f"{', '.join(bad[:3])}, ...; name the backbone that the checkpoint was made from")
+        raise ValueError(f"{len(bad)} of {len(want)} tensors of backbone {backbone!r} "
+                         f"are missing or have another shape: {', '.join(bad[:3])}, ...; "
+                         "name the backbone that the checkpoint was made from")
     return ReportACheckpoint(backbone, head, new['1.classifier.3.weight'].shape[0], n_stages, new)
 
 # %% ../../nbs/240_models.report_a.ipynb #fef3f5bf
@@ -79,7 +85,9 @@ def read_report_a(
 ) -> ReportACheckpoint: # what it is, its tensors renamed
     "Read a checkpoint of Report A. Only tensors are read: a file that would have to be unpickled is refused."
     try: return recognise(read_weights(path), backbone)
-    except ValueError as e: raise ValueError(str(e) if str(path) in str(e) else f"{str(path)!r} is not a checkpoint of Report A: {e}") from e
+    except ValueError as e:
+        if str(path) in str(e): raise
+        raise ValueError(f"{str(path)!r} is not a checkpoint of Report A: {e}") from e
 
 # %% ../../nbs/240_models.report_a.ipynb #7b80c65d
 def _check_plain(model: MultiScaleModel, state: dict, backbone: str, n_out: int):
@@ -90,7 +98,8 @@ def _check_plain(model: MultiScaleModel, state: dict, backbone: str, n_out: int)
     x = torch.randn(2, 3, *(model[0].input_size if model[0].fixed_size else (s, s)))
     with torch.no_grad(): a, b = model.eval()(x), theirs.eval()(x)
     if not torch.allclose(a, b, rtol=1e-3, atol=1e-3*b.abs().max().item()):
-        raise ValueError(f"timm's own head on {backbone!r} is more than a mean and a linear layer, so the plain head cannot stand for it")
+        raise ValueError(f"timm's own head on {backbone!r} is more than a mean and a linear layer, "
+                         "so the plain head cannot stand for it")
 
 def load_report_a(
     path: str|Path, # a .pt, .pth or .safetensors file
@@ -101,6 +110,7 @@ def load_report_a(
     model = multiscale_model(backbone, ckpt.head, ckpt.n_out, pretrained=False, n_stages=ckpt.n_stages)
     try: model.load_state_dict(ckpt.state)
     except RuntimeError as e:
-        raise ValueError(f"{str(path)!r} does not fit head {ckpt.head!r} on {backbone!r}: {' '.join(str(e).split())[:300]}") from e
+        why = ' '.join(str(e).split())[:300]
+        raise ValueError(f"{str(path)!r} does not fit head {ckpt.head!r} on {backbone!r}: {why}") from e
     if ckpt.head == 'plain': _check_plain(model, _bare(read_weights(path)), backbone, ckpt.n_out)
     return model.eval()

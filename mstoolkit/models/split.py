@@ -1,4 +1,4 @@
-"""Parameter groups by stage, for freezing and for learning rates that grow with depth
+"""A backbone's parameters by stage, for freezing and for learning rates that grow with depth
 
 Docs: https://mstoolkit.github.io/mstoolkit/models.split.html.md"""
 
@@ -15,29 +15,34 @@ from .backbone import TimmStages, canonical_key, pick_stages
 
 # %% ../../nbs/220_models.split.ipynb #b2f83f96
 def _stage_ends(stages: TimmStages, keys: list) -> list:
-    "For each stage, shallow to deep, the index among `keys` (canonical module names in order) of the last module in it, -1 when there is none."
-    info = stages.info
-    if len({o['stride'] for o in info}) == 1 and len(info) > 4: info = [info[i] for i in pick_stages([o['stride'] for o in info], 4)]
+    "For each stage, shallow to deep, the index among `keys` (canonical module names) of its last module; -1 for none."
+    info, strides = stages.info, [o['stride'] for o in stages.info]
+    if len(set(strides)) == 1 and len(info) > 4: info = [info[i] for i in pick_stages(strides, 4)]
     inside = lambda key, end: key == end or key.startswith(f'{end}_')
-    return [max((i for i, k in enumerate(keys) if inside(k, canonical_key(o['module']))), default=-1) for o in info]
+    ends = [canonical_key(o['module']) for o in info]
+    return [max((i for i, k in enumerate(keys) if inside(k, end)), default=-1) for end in ends]
 
-def _by_order(net: nn.Module, at: dict, ends: list) -> dict: # parameter name -> number of its stage
+def _by_order(net: nn.Module, at: dict, ends: list) -> dict:
+    "Parameter name -> number of its stage, by the order in which modules are registered."
     stops = sorted(set(ends))[:-1]  # what follows the last stage's module belongs to the last stage
     return {n: sum(at[n.rpartition('.')[0]] > s for s in stops) for n, _ in net.named_parameters()}
 
 # %% ../../nbs/220_models.split.ipynb #62ee6fda
-def _by_matcher(net: nn.Module, n: int = 4) -> dict: # parameter name -> number of its group; more than six groups are made `n` even ones
-    prefix, net = ('model.', net.model) if hasattr(net, 'model') else ('', net)  # timm's wrapper, where there is one
+def _by_matcher(net: nn.Module, n: int = 4) -> dict:
+    "Parameter name -> number of its group, by timm's `group_matcher`; more than six groups are made `n` even ones."
+    prefix, net = ('model.', net.model) if hasattr(net, 'model') else ('', net)  # timm's wrapper, if any
     ids = group_parameters(net, net.group_matcher(coarse=True), reverse=True)
     k = max(ids.values()) + 1
     return {prefix + name: i*n//k if k > 6 else i for name, i in ids.items()}
 
 # %% ../../nbs/220_models.split.ipynb #f3fbb6d3
-def _body_groups(stages: TimmStages) -> list: # the backbone's parameters by stage
+def _body_groups(stages: TimmStages) -> list:
+    "The backbone's parameters by stage."
     net, at = stages.net, {name: i for i, (name, _) in enumerate(stages.net.named_modules())}
     ends = _stage_ends(stages, [canonical_key(k) for k in at])
     clear = -1 not in ends and len(set(ends)) == len(ends)
-    stage = _by_order(net, at, ends) if clear or not hasattr(getattr(net, 'model', net), 'group_matcher') else _by_matcher(net)
+    has_matcher = hasattr(getattr(net, 'model', net), 'group_matcher')
+    stage = _by_order(net, at, ends) if clear or not has_matcher else _by_matcher(net)
     groups = {}
     for name, p in net.named_parameters(): groups.setdefault(stage[name], []).append(p)
     return [groups[k] for k in sorted(groups)]
@@ -46,8 +51,9 @@ def _body_groups(stages: TimmStages) -> list: # the backbone's parameters by sta
 def stage_splitter(
     model: nn.Module # a `multiscale_model`: a `TimmStages` body, then a head
 ) -> list: # lists of parameters
-    "The parameters of `model` by stage, shallow to deep, the head last; every parameter is in exactly one group."
+    "The parameters of `model` by stage, shallow to deep, the head last; each is in exactly one group."
     body, head = model[0], model[1]
     if not isinstance(body, TimmStages):
-        raise ValueError(f"stage_splitter needs a model whose first part is a TimmStages, not a {type(body).__name__}")
+        raise ValueError("stage_splitter needs a model whose first part is a TimmStages, "
+                         f"not a {type(body).__name__}")
     return [*_body_groups(body), list(head.parameters())]
