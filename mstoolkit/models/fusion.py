@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -308,7 +309,7 @@ def multiscale_model(
     in_chans: int = 3, # channels of the input images
     n_stages: int = 3, # maps to fuse; the reports take three
     img_size: int|tuple|None = None, # side, or (height, width), in pixels; models of one size (ViT, Swin) are built for it
-    **head_kw # options of the head
+    **head_kw: Any # options of the head, such as `drop` and `act`
 ) -> MultiScaleModel: # body and head
     "A timm backbone with the head called `head` on its last `n_stages` maps."
     choice(head, heads, 'head')
