@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from machine import machine
 from mstoolkit.core import write_text
-from mstoolkit.interpret import calibration_error, calibration_null, calibration_warning
-from mstoolkit.stats import difference, holm, images_needed, mcnemar, noise, power, seeds_needed, size_range, verdicts
+from mstoolkit.evaluate.interpret import calibration_error, calibration_null, calibration_warning
+from mstoolkit.evaluate.stats import difference, holm, images_needed, mcnemar, noise, power, seeds_needed, size_range, verdicts
 from scipy import optimize, special, stats
 
 images, alpha, taste = 1000, .05, .3

@@ -75,6 +75,9 @@ def test_logit_adjust_is_menons_loss(dls):
         ref = F.cross_entropy(p + (n/n.sum()).log() if training else p, y)
         assert abs(float(ref)-loss) < 1e-5
     assert {t for t, *_ in spy.seen} == {True, False}
+    learn = learner(dls, cbs=[spy, half := LogitAdjust(tau=.5)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    torch.testing.assert_close(half.shift, .5*(n/n.sum()).log())
 
 
 def test_logit_adjust_composes(dls):

@@ -79,6 +79,11 @@ def test_data_wait(capsys):
     assert all(r['data_wait'] > .7 for r in rows) and sum(r['seconds'] for r in rows) <= total
     assert capsys.readouterr().out.count('of the training time went into waiting for data') == 1
 
+    learn = tiny_learner(cbs=RunHistory(max_wait=1.))  # whoever knows may raise the bar
+    learn.dls.loaders[0] = learn.dls.train.new(dataset=SlowItems(learn.dls.train.dataset))
+    run(learn, 2, how='fit')
+    assert 'waiting' not in capsys.readouterr().out
+
     class SlowStep(Callback):
         def after_pred(self): time.sleep(.03)
         def after_batch(self): time.sleep(.01)

@@ -45,6 +45,11 @@ def test_start_epoch_learners_rate_and_one_cycle():
     with quiet(learn): fit_warm_restarts(learn, 4, start_epoch=2, cbs=rates)
     want = list(torch_rates([3e-3]*2, 4, 3, 4, 1, 0.))[6:]
     assert [s for e in rates.epochs for s in e] == [pytest.approx(o) for o in want]
+    opt = learn.opt
+    with quiet(learn): fit_warm_restarts(learn, 1)
+    assert learn.opt is opt
+    with quiet(learn): fit_warm_restarts(learn, 1, reset_opt=True)
+    assert learn.opt is not opt
 
 
 def test_plateau_multiplies_it():

@@ -34,6 +34,12 @@ def test_auto_keeps_the_faster(contiguous, last, chosen, learn, monkeypatch, cap
     assert conv(learn).is_contiguous(memory_format=speed.formats[chosen])
 
 
+def test_the_gain_that_is_asked_for_decides(learn, monkeypatch):
+    monkeypatch.setattr(speed, 'time_formats', lambda *a, **kw: {'contiguous': 1., 'channels-last': .97})
+    learn.fit(1, cbs=(cb := MemoryFormat(min_gain=.02)))
+    assert cb.chosen == 'channels-last'  # 3 % are more than 2
+
+
 def test_measuring_changes_no_weight_and_takes_no_draw(learn):
     before, stream = {k: v.clone() for k, v in learn.model.state_dict().items()}, torch.get_rng_state()
     speed.time_formats(learn.model, torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), repeats=1)

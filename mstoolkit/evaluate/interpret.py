@@ -22,6 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..callback.core import table_columns
 from ..callback.progress import RunHistory
 from ..callback.tracker import metric_mode
 from ..core import natural_key
@@ -31,7 +32,7 @@ from ..runs import read_history, read_predictions
 # %% ../../nbs/520_evaluate.interpret.ipynb #a89404cb
 def _recorder_frame(recorder):
     "The last fit as fastai's recorder has it, in `RunHistory`'s columns."
-    names = [n if n == 'valid_loss' else n.removeprefix('valid_') for n in recorder.metric_names[1:] if n != 'time']
+    names = [n if n == 'valid_loss' else n.removeprefix('valid_') for n in table_columns(recorder)]
     df = pd.DataFrame([v for v in recorder.values if len(v) == len(names)], columns=names)
     lrs = [recorder.lrs[i-1] for i in recorder.iters][-len(df):]
     return df.assign(phase='fit', epoch=range(1, len(df)+1), mixed=False, lr_0=lrs)

@@ -76,13 +76,11 @@ def _gate(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
 class SqueezeExcite(nn.Module):
     "Channel attention: scale every channel by a function of all channels' means (Hu et al. 2018, arXiv:1709.01507)."
     def __init__(self,
-        c: int, # channels
-        reduction: int = 16, # `c//reduction` hidden channels ...
-        min_hidden: int = 8 # ... but so many at least, or a narrow backbone would have a bottleneck of one or two
+        c: int # channels
     ):
         super().__init__()
-        hidden = max(min_hidden, c//reduction)
-        self.fc = _gate(c, hidden, c)
+        # a sixteenth of the channels (Report A), and 8 at least, or a narrow backbone would have a bottleneck of one or two
+        self.fc = _gate(c, max(8, c//16), c)
 
     def scale(self,
         x: torch.Tensor # (B, C, H, W)
