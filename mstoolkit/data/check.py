@@ -315,11 +315,15 @@ def _thumb(path: str) -> str: # an <img>, or nothing for a file that cannot be r
     data = base64.b64encode(cv2.imencode('.jpg', im[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1]).decode()
     return f'<img alt="{html.escape(Path(path).name)}" src="data:image/jpeg;base64,{data}">'
 
+# what a notebook needs too, where the page's style is missing, stands at the elements
+_row = 'display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;border-top:1px solid #ddd;padding:.4rem 0'
+
 def _group_html(f: Finding, group: list[str]) -> str: # files, or one file and what is said of it
     files, words = group, []
     if f.kind.startswith(('unreadable', 'wrong', 'odd')): files, words = group[:1], group[1:]
-    names = ''.join(f'<figure>{_thumb(o)}<figcaption>{html.escape(o)}</figcaption></figure>' for o in files[:6])
-    return f"<li>{names}{html.escape(' '.join(words))}</li>"
+    figure = '<figure style="margin:0;max-width:100%">{}<figcaption>{}</figcaption></figure>'
+    names = ''.join(figure.format(_thumb(o), html.escape(o)) for o in files[:6])
+    return f'<li style="{_row}">{names}{html.escape(" ".join(words))}</li>'
 
 def _finding_html(f: Finding, max_files: int) -> str:
     items = ''.join(_group_html(f, g) for g in f.files[:max_files])
@@ -331,10 +335,8 @@ _style = '''body{font:16px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#ff
 body{max-width:60rem;margin:2rem auto;padding:0 1rem}
 h2{font-size:1.1rem;margin:1.6rem 0 .3rem}.error h2{color:#a5121b}.warning h2{color:#8a5300}
 table{border-collapse:collapse}td{padding:.1rem .6rem .1rem 0;vertical-align:middle}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#0072b2;height:.8rem}
-ul{padding:0;list-style:none}
-li{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;border-top:1px solid #ddd;padding:.4rem 0}
-figure{margin:0;max-width:100%}figcaption{font-size:.8rem;overflow-wrap:anywhere}'''
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+ul{padding:0;list-style:none}figcaption{font-size:.8rem;overflow-wrap:anywhere}'''
 
 # %% ../../nbs/180_data.check.ipynb #e699e992
 def findings_html(
@@ -346,13 +348,13 @@ def findings_html(
     "The report as one self-contained page with thumbnails."
     train = r.counts.get('train', {})
     most = max(train.values(), default=1)
-    bar = '<td style="width:50%"><div class="bar" style="width:{:.1f}%"></div></td>'
+    bar = '<td style="width:50%"><div style="width:{:.1f}%;height:.8rem;background:#0072b2"></div></td>'
     row = lambda c, n: f'<tr><td>{html.escape(c)}</td><td class="n">{n:,}</td>{bar.format(100*n/most)}</tr>'
     rows = ''.join(row(c, n) for c, n in train.items())
     found = ''.join(_finding_html(f, max_files) for f in r.findings)
     name = html.escape(Path(r.path).name)
     body = (f'<h1>{name}</h1><p>{_totals_text(r)}. {_sizes_text(r)}.</p>{found or "<p>Nothing to mend.</p>"}'
-            f'<h2>Training images by class</h2><table>{rows}</table>')
+            f'<h2>Training images by class</h2><table style="width:100%">{rows}</table>')
     if not page: return body
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
