@@ -28,7 +28,8 @@ def shrink(
 ) -> np.ndarray: # uint8 height×width×3
     "Resize: by the area average over whole pixels as far as it goes, then linearly."
     ky, kx = max(1, im.shape[0]//hw[0]), max(1, im.shape[1]//hw[1])
-    if max(ky, kx) < 3*min(ky, kx): ky = kx = min(ky, kx) # both axes alike, which is fast, unless the picture is squeezed a lot
+    # both axes alike, which is fast, unless the picture is squeezed a lot
+    if max(ky, kx) < 3*min(ky, kx): ky = kx = min(ky, kx)
     if ky > 1 or kx > 1:
         h, w = im.shape[0]//ky, im.shape[1]//kx
         im = cv2.resize(im[:h*ky, :w*kx], (w, h), interpolation=cv2.INTER_AREA)
@@ -65,8 +66,7 @@ def _crop(
 # %% ../../nbs/120_data.augment.ipynb #235f1755
 class FlipRotate(A.ImageOnlyTransform):
     "Left-right flip, top-bottom flip and rotation about the centre, at once."
-    def __init__(
-        self,
+    def __init__(self,
         degrees: float, # the angle is uniform up to so many degrees either way
         hflip: float = .5, # probability of a left-right flip
         vflip: float = .5, # probability of a top-bottom flip
@@ -74,17 +74,26 @@ class FlipRotate(A.ImageOnlyTransform):
         border_mode: int = cv2.BORDER_CONSTANT # what shows beyond the edge: black
     ):
         super().__init__(p=1)
-        self.degrees, self.hflip, self.vflip, self.interpolation, self.border_mode = degrees, hflip, vflip, interpolation, border_mode
+        self.degrees, self.hflip, self.vflip = degrees, hflip, vflip
+        self.interpolation, self.border_mode = interpolation, border_mode
 
-    def get_params(self):
+    def get_params(self) -> dict: # the arguments of `apply`
         "Draw both flips and the angle."
         rnd = self.py_random.random
-        return dict(h=rnd() < self.hflip, v=rnd() < self.vflip, angle=self.py_random.uniform(-self.degrees, self.degrees))
+        h, v = rnd() < self.hflip, rnd() < self.vflip
+        return dict(h=h, v=v, angle=self.py_random.uniform(-self.degrees, self.degrees))
 
-    def apply(self, img, h, v, angle, **params):
+    def apply(self,
+        img: np.ndarray, # uint8 H×W×3
+        h: bool, # flip left to right
+        v: bool, # flip top to bottom
+        angle: float, # to turn by, in degrees
+        **params # what albumentations passes to every transform
+    ) -> np.ndarray: # uint8 H×W×3
         "Turn a mirrored image."
         H, W = img.shape[:2]
-        c, s, x, y = math.cos(math.radians(angle)), math.sin(math.radians(angle)), (W-1)/2, (H-1)/2 # the centre stays where it is
+        c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        x, y = (W-1)/2, (H-1)/2 # the centre stays where it is
         a, b = (-c if h else c), (-s if v else s)
         d, e = (s if h else -s), (-c if v else c)
         m = np.array([[a, b, x - a*x - b*y], [d, e, y - d*x - e*y]])
@@ -92,34 +101,43 @@ class FlipRotate(A.ImageOnlyTransform):
 
 # %% ../../nbs/120_data.augment.ipynb #535b5cdf
 class RandomErasing(A.ImageOnlyTransform):
-    "Overwrite a random box with noise: torchvision's `RandomErasing(value='random')`, on uint8 pixels before normalisation."
-    def __init__(
-        self,
+    "Overwrite a random box with noise, before normalisation: torchvision's `RandomErasing(value='random')` for uint8."
+    mean, std = imagenet_mean, imagenet_std # of the noise, in units of 255: standard normal once normalised
+    def __init__(self,
         scale: tuple[float, float] = (.02, .15), # range of the box's area, as a share of the image's (Report B)
-        ratio: tuple[float, float] = (.3, 3.3), # range of its height ÷ width, log-uniform
-        mean: tuple = imagenet_mean, # of the noise, in units of 255; with `std`, standard normal once normalised
-        std: tuple = imagenet_std, # deviation of the noise, likewise
-        p: float = .3 # probability
+        ratio: tuple[float, float] = (.3, 3.3), # range of its height ÷ width, log-uniform (torchvision's)
+        p: float = .3 # probability (Report B)
     ):
         super().__init__(p=p)
-        self.scale, self.ratio, self.mean, self.std = scale, ratio, mean, std
+        self.scale, self.ratio = scale, ratio
 
     def box(self,
-        H: int, W: int, # size of the image
+        H: int, # height of the image, in pixels
+        W: int, # its width
         draw: Callable # gives a uniform number from 0 to 1
     ) -> tuple|None: # top, left, height, width
         "Draw a box that fits; after ten misses, none."
-        low, high = map(math.log, self.ratio)
+        (least, most), (low, high) = self.scale, map(math.log, self.ratio)
         for _ in range(10):
-            area, r = H*W*(self.scale[0] + draw()*(self.scale[1]-self.scale[0])), math.exp(low + draw()*(high-low))
+            area, r = H*W*(least + draw()*(most-least)), math.exp(low + draw()*(high-low))
             h, w = round(math.sqrt(area*r)), round(math.sqrt(area/r))
             if h < H and w < W: return int(draw()*(H-h+1)), int(draw()*(W-w+1)), h, w
 
-    def get_params_dependent_on_data(self, params, data):
+    def get_params_dependent_on_data(self,
+        params: dict, # 'shape': of the image
+        data: dict # the image itself; not looked at
+    ) -> dict: # the arguments of `apply`
         "The box for one image."
         return dict(zip('yxhw', self.box(*params['shape'][:2], self.py_random.random) or (0, 0, 0, 0)))
 
-    def apply(self, img, y, x, h, w, **params):
+    def apply(self,
+        img: np.ndarray, # uint8 H×W×3; it is not written to
+        y: int, # top of the box, in pixels
+        x: int, # its left
+        h: int, # its height
+        w: int, # its width
+        **params # what albumentations passes to every transform
+    ) -> np.ndarray: # uint8 H×W×3
         "Return a copy of `img` with its box erased."
         noise = self.random_generator.standard_normal((h, w, 3), np.float32)*self.std + self.mean
         img = img.copy()
@@ -135,16 +153,31 @@ def _linear(im: np.ndarray, m: np.ndarray) -> np.ndarray: # each pixel times a 3
 def _hue(im: np.ndarray, by: float) -> np.ndarray: # `by`: share of the colour circle, which OpenCV cuts into 180
     turn = round(by*180)
     if abs(turn) > 255-179: return _hue(_hue(im, by/2), by/2) # OpenCV's hues wrap at 180, but a byte's sum ends at 255
-    to, back = (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB) if turn > 0 else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR) # red for blue turns the circle over
+    # red taken for blue turns the circle over
+    to, back = (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB) if turn > 0 else (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR)
     hsv = cv2.cvtColor(im, to)
     return cv2.cvtColor(cv2.add(hsv, (abs(turn), 0, 0, 0), dst=hsv), back, dst=hsv)
 
 # %% ../../nbs/120_data.augment.ipynb #81cf7ee4
 class Jitter(A.ColorJitter):
-    "Brightness, contrast, saturation and hue in random order, as in torchvision; what is linear is clipped once, not after each step."
-    def __init__(self, brightness, contrast, saturation, hue, p=1.): super().__init__(brightness, contrast, saturation, hue, p=p)
+    "torchvision's `ColorJitter`, its four steps in random order; what is linear is clipped once, not after each step."
+    def __init__(self,
+        brightness: tuple[float, float], # range of the factor, around 1
+        contrast: tuple[float, float], # likewise
+        saturation: tuple[float, float], # likewise
+        hue: tuple[float, float], # range of the turn, as a share of the colour circle
+        p: float = 1. # probability; torchvision jitters every image
+    ): super().__init__(brightness, contrast, saturation, hue, p=p)
 
-    def apply(self, img, brightness, contrast, saturation, hue, order, **params):
+    def apply(self,
+        img: np.ndarray, # uint8 H×W×3
+        brightness: float, # factor
+        contrast: float, # likewise
+        saturation: float, # likewise
+        hue: float, # share of the colour circle
+        order: list[int], # of the four above, as numbers from 0
+        **params # what albumentations passes to every transform
+    ) -> np.ndarray: # uint8 H×W×3
         "Jitter `img` with these factors."
         m = _same
         for i in order:
@@ -158,30 +191,42 @@ class Jitter(A.ColorJitter):
         return _linear(img, m)
 
 # %% ../../nbs/120_data.augment.ipynb #04e551fd
-def none_tfms(size: int|tuple) -> A.Compose:
-    "Resize to `size`, whatever the shape: no augmentation. Validation and test images always go through this (both reports)."
+def none_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
+    "Resize to `size`, whatever the shape: what validation and test images always go through (both reports)."
     return A.Compose([_Resize(*_hw(size))])
 
 # %% ../../nbs/120_data.augment.ipynb #ffd8fc94
 def _jitter(): return Jitter((.8, 1.2), (.8, 1.2), (.8, 1.2), (-.1, .1)) # both reports
 
 # %% ../../nbs/120_data.augment.ipynb #4cd3b27b
-def light_tfms(size: int|tuple) -> A.Compose:
+def light_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
     "Report A, figure 1: crops of 80–100 % of the area, both flips, rotation up to 15°, colour jitter."
     return A.Compose([_crop(size, (.8, 1.)), FlipRotate(15), _jitter()])
 
-def affine_tfms(size: int|tuple) -> A.Compose:
+def affine_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
     "Report B: crops of 60–120 %, both flips, rotation up to 20° with shift and shear, colour jitter, random erasing."
-    shift = {'x': (-.1, .1), 'y': (-.1, .1)}
-    warp = A.Affine(rotate=(-20, 20), translate_percent=shift, shear={'x': (-5, 5), 'y': (0, 0)}, interpolation=cv2.INTER_NEAREST, p=1)
-    return A.Compose([_crop(size, (.6, 1.2), (.75, 1.33)), A.HorizontalFlip(), A.VerticalFlip(), warp, _jitter(), RandomErasing(p=.3)])
+    shift, shear = {'x': (-.1, .1), 'y': (-.1, .1)}, {'x': (-5, 5), 'y': (0, 0)}
+    warp = A.Affine(rotate=(-20, 20), translate_percent=shift, shear=shear, interpolation=cv2.INTER_NEAREST, p=1)
+    return A.Compose([_crop(size, (.6, 1.2), (.75, 1.33)), A.HorizontalFlip(), A.VerticalFlip(),
+                      warp, _jitter(), RandomErasing(p=.3)])
 
 # %% ../../nbs/120_data.augment.ipynb #27d2d392
-def upright_tfms(size: int|tuple) -> A.Compose:
-    "`light` without flips and with rotation up to 10°: for digits, letters, signs and other things with a right way up."
-    return A.Compose([_crop(size, (.8, 1.)), FlipRotate(10, 0, 0, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE), _jitter()])
+def upright_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
+    "`light` without flips and with rotation up to 10°: for digits, letters and signs, which have a right way up."
+    turn = FlipRotate(10, hflip=0, vflip=0, interpolation=cv2.INTER_LINEAR, border_mode=cv2.BORDER_REPLICATE)
+    return A.Compose([_crop(size, (.8, 1.)), turn, _jitter()])
 
-def shift_tfms(size: int|tuple) -> A.Compose:
+def shift_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
     "Shift by up to an eighth of the side, edges reflected, and flip left to right: for small images of centred things."
     h, w = _hw(size)
     pad = A.Pad((w//8, h//8), border_mode=cv2.BORDER_REFLECT_101) # left and right, top and bottom
@@ -196,7 +241,8 @@ def _trivial() -> A.OneOf:
     jitter = lambda **k: _one(A.ColorJitter, **{**dict(brightness=0, contrast=0, saturation=0, hue=0), **k})
     return A.OneOf([
         A.NoOp(p=1), _one(A.AutoContrast, method='pil'), _one(A.Equalize, mode='pil'),
-        _one(A.Affine, shear={'x': (-45, 45), 'y': (0, 0)}, **warp), _one(A.Affine, shear={'x': (0, 0), 'y': (-45, 45)}, **warp),
+        _one(A.Affine, shear={'x': (-45, 45), 'y': (0, 0)}, **warp),
+        _one(A.Affine, shear={'x': (0, 0), 'y': (-45, 45)}, **warp),
         _one(A.Affine, translate_percent={'x': (-.14, .14), 'y': (0, 0)}, **warp),
         _one(A.Affine, translate_percent={'x': (0, 0), 'y': (-.14, .14)}, **warp),
         _one(A.Rotate, limit=(-135, 135), **warp), _one(A.Sharpen, alpha=(0, .99), method='gaussian'),
@@ -204,17 +250,20 @@ def _trivial() -> A.OneOf:
         _one(A.Posterize, num_bits=(2, 8)), _one(A.Solarize, threshold_range=(0, 1))], p=1)
 
 # %% ../../nbs/120_data.augment.ipynb #a16de6aa
-def strong_tfms(size: int|tuple) -> A.Compose:
+def strong_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
     "Crops of 35–100 %, left-right flip, one TrivialAugment operation, random erasing: for long training or few images."
     return A.Compose([_crop(size, (.35, 1.)), A.HorizontalFlip(), _trivial(), RandomErasing(p=.25, scale=(.02, .33))])
 
 # %% ../../nbs/120_data.augment.ipynb #88fb5f4f
-augment_recipes = dict(none=none_tfms, light=light_tfms, affine=affine_tfms, strong=strong_tfms, upright=upright_tfms, shift=shift_tfms)
+augment_recipes = dict(none=none_tfms, light=light_tfms, affine=affine_tfms, strong=strong_tfms,
+                       upright=upright_tfms, shift=shift_tfms)
 
 def augment_tfms(
     augment: str|Callable, # a key of `augment_recipes`, or your own function of the size that returns an `A.Compose`
     size: int|tuple # side in pixels, or (height, width)
-) -> A.Compose:
+) -> A.Compose: # the pipeline
     "The augmentation pipeline called `augment`, for images of `size`."
     if min(_hw(size)) < 1: raise ValueError(f"image size {size} is too small: give at least 1 pixel")
     if not callable(augment): augment = augment_recipes[choice(augment, augment_recipes, 'augmentation')]
@@ -223,7 +272,7 @@ def augment_tfms(
 # %% ../../nbs/120_data.augment.ipynb #f716dda2
 def split_colour(
     pipe: A.Compose # from `augment_tfms`
-) -> tuple[A.Compose, dict|None, RandomErasing|None]: # what is left for the workers; ranges of the jitter; the erasing
+) -> tuple[A.Compose, dict|None, RandomErasing|None]: # what is left for the workers; the jitter's ranges; the erasing
     "Take colour jitter and erasing off the end of a pipeline, for `DeviceColour` to do."
     tfms, jitter, erase = list(pipe.transforms), None, None
     if isinstance(tfms[-1], RandomErasing): erase = tfms.pop()
@@ -240,9 +289,11 @@ def apply_tfms(
 ) -> np.ndarray: # uint8, of the pipeline's size
     "Run a pipeline on one image, with draws that depend on `seed` alone."
     if seed is not None:
-        h = hashlib.blake2b(repr(seed).encode(), digest_size=48).digest() # a third of the time that two new generators take
+        # a third of the time that two new generators take
+        h = hashlib.blake2b(repr(seed).encode(), digest_size=48).digest()
         state, inc, py = (int.from_bytes(h[i:i+16], 'little') for i in (0, 16, 32))
         pipe.set_random_state(pipe.random_generator, pipe.py_random) # for all its transforms
-        pipe.random_generator.bit_generator.state = dict(bit_generator='PCG64', state=dict(state=state, inc=inc | 1), has_uint32=0, uinteger=0)
+        pcg = dict(state=state, inc=inc | 1)
+        pipe.random_generator.bit_generator.state = dict(bit_generator='PCG64', state=pcg, has_uint32=0, uinteger=0)
         pipe.py_random.seed(py)
     return pipe(image=im)['image']

@@ -25,7 +25,7 @@ from .image import read_image
 _magic = b'mstoolkit cache 1\n'
 
 def _key(
-    files: list[Path],
+    files: list[Path], # image files, in the order they are packed
     side: int # in pixels
 ) -> str: # changes when a file, the list or the size does
     "Hash of names, sizes, times of change and settings."
@@ -80,7 +80,8 @@ def _write(out: Path, files: list[Path], side: int):
     index, offset = np.zeros((len(files), 3), '<i8'), len(_magic)+24*len(files)
     with open(out, 'wb') as f, ThreadPoolExecutor(os.cpu_count() or 1) as ex:
         f.seek(offset)
-        for start in track(range(0, len(files), 256), 'cache images'): # in portions, so that what is decoded does not pile up
+        # in portions, so that what is decoded does not pile up
+        for start in track(range(0, len(files), 256), 'cache images'):
             for i, im in enumerate(ex.map(lambda p: _shrunk(p, side), files[start:start+256]), start):
                 f.write(im.data if im.flags.c_contiguous else im.tobytes())
                 index[i] = offset, *im.shape[:2]
@@ -92,7 +93,7 @@ def build_cache(
     files: list[Path], # image files
     side: int, # the shorter side is shrunk to this, in pixels; smaller images stay as they are
     folder: str|Path # where the packed file goes; older ones of the same folder are left alone
-) -> ImageCache:
+) -> ImageCache: # the shrunk images
     "Shrink and pack images, or find the file that holds them as they are now; a changed image means a new file."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,7 @@ def build_cache(
     with _lock(folder/'lock'):
         if not out.exists():
             if shutil.disk_usage(folder).free < need:
-                raise OSError(f"the cache needs about {need/1e9:.1f} GB and the disk of {str(folder)!r} has less: give another folder or cache=False")
+                raise OSError(f"the cache needs about {need/1e9:.1f} GB and the disk of {str(folder)!r} has less: "
+                              "give another folder or cache=False")
             with atomic_path(out) as tmp: _write(tmp, files, side)
     return ImageCache(out, files)

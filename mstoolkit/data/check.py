@@ -1,4 +1,4 @@
-"""What is wrong with a folder of images, before it costs a night of training: broken files, leaks, twins with two labels, empty classes
+"""What is wrong with a folder of images, before it costs a night of training
 
 Docs: https://mstoolkit.github.io/mstoolkit/data.check.html.md"""
 
@@ -23,19 +23,20 @@ import numpy as np
 from fastcore.meta import delegates
 from ..core import counted, natural_key, track
 from .image import ImageError, decode_image, image_header, image_suffixes, read_image
-from .sources import DataSource, Sample, class_folders, data_source, images_in, read_classes, source_samples, split_of
+from .sources import (DataSource, Sample, _are_numbers, class_folders, data_source, images_in, read_classes,
+                      source_samples, split_of)
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
 class Entry:
     "A file, where it stands, and what reading it told."
-    path: Path
+    path: Path # the file
     split: str # 'train', 'valid' or 'test'
     label: str # '' where there is none
     group: str = '' # of a table: a patient, a burst of photographs
     format: str = '' # as Pillow names it
     width: int = 0 # in pixels
-    height: int = 0
+    height: int = 0 # likewise
     digest: str = '' # of the file's bytes
     look: tuple = () # (64-bit difference hash, 16×16 grey thumbnail as bytes)
     kind: str = '' # what is wrong, a key of `bad_kinds`; '' when it can be read
@@ -57,6 +58,7 @@ def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split �
     return entries, empty
 
 def _sample_entries(train: list[Sample], valid: list[Sample]) -> list[Entry]:
+    "The same of lists of samples."
     return [Entry(s.path, split, s.label, s.group) for split, o in (('train', train), ('valid', valid)) for s in o]
 
 # %% ../../nbs/180_data.check.ipynb #a416daeb
@@ -66,24 +68,27 @@ def _look(im: np.ndarray) -> tuple: # difference hash as an int, thumbnail as by
     grey = cv2.cvtColor(im, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
     bits = np.packbits(small[:, 1:] > small[:, :-1])
-    return int.from_bytes(bits.tobytes(), 'big'), cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA).tobytes()
+    thumb = cv2.resize(grey, (16, 16), interpolation=cv2.INTER_AREA)
+    return int.from_bytes(bits.tobytes(), 'big'), thumb.tobytes()
 
-def _not_there(path: Path) -> str:
-    return 'not a file' if os.path.exists(path) else 'the link leads nowhere' if os.path.lexists(path) else 'there is no such file'
+def _not_there(path: Path) -> str: # why it cannot be read
+    if os.path.exists(path): return 'not a file'
+    return 'the link leads nowhere' if os.path.lexists(path) else 'there is no such file'
 
 def _inspect(e: Entry, fast: bool) -> Entry:
     "Read a file; with `fast` only its header."
-    known = {f: getattr(e, f) for f in ('path', 'split', 'label', 'group')}
+    part = 1 << 16 # bytes that are read for a header
     try:
         if not os.path.isfile(e.path): raise ImageError(_not_there(e.path), 'missing')
-        with open(e.path, 'rb') as f: data = f.read(1 << 16 if fast else -1)
+        with open(e.path, 'rb') as f: data = f.read(part if fast else -1)
         h = image_header(data)
-        if fast: return Entry(**known, format=h.format, width=h.width, height=h.height, digest=_digest(f'{os.path.getsize(e.path)} '.encode()+data))
-        im = decode_image(data, 64)
-        return Entry(**known, format=h.format, width=h.width, height=h.height, digest=_digest(data), look=_look(im))
-    except ImageError as err: return Entry(**known, kind=err.kind, why=str(err))
+        if fast: told = dict(digest=_digest(f'{os.path.getsize(e.path)} '.encode()+data))
+        else: told = dict(digest=_digest(data), look=_look(decode_image(data, 64)))
+        return replace(e, format=h.format, width=h.width, height=h.height, **told)
+    except ImageError as err: return replace(e, kind=err.kind, why=str(err))
     except Exception as err: # a header that ends beyond the part that was read, a lost network drive
-        return Entry(**known) if fast and os.path.getsize(e.path) > 1 << 16 else Entry(**known, kind='damaged', why=str(err).split(' <_io')[0])
+        if fast and os.path.getsize(e.path) > part: return e
+        return replace(e, kind='damaged', why=str(err).split(' <_io')[0])
 
 # %% ../../nbs/180_data.check.ipynb #58f1d690
 @dataclass(frozen=True)
@@ -95,89 +100,111 @@ class Finding:
     files: list[list[str]] = field(default_factory=list) # the files that it is about, in groups
 
 # %% ../../nbs/180_data.check.ipynb #6a0253db
-_suffix_formats = dict(jpg='JPEG', jpeg='JPEG', jpe='JPEG', jfif='JPEG', png='PNG', gif='GIF', bmp='BMP', tif='TIFF', tiff='TIFF', webp='WEBP',
-                       avif='AVIF', ppm='PPM', pgm='PPM', jp2='JPEG2000')
+_suffix_formats = dict(jpg='JPEG', jpeg='JPEG', jpe='JPEG', jfif='JPEG', png='PNG', gif='GIF', bmp='BMP',
+                       tif='TIFF', tiff='TIFF', webp='WEBP', avif='AVIF', ppm='PPM', pgm='PPM', jp2='JPEG2000')
 
 def _file_findings(entries: list[Entry]):
     "Files that cannot be read, or are not what their names say."
     bad = defaultdict(list)
     for e in entries:
         if e.kind: bad[e.kind].append([str(e.path), e.why])
-    for kind, files in bad.items(): yield Finding('error', f'unreadable: {kind}', f"{counted(len(files), 'file')} cannot be read: {kind}", files)
+    for kind, files in bad.items():
+        yield Finding('error', f'unreadable: {kind}', f"{counted(len(files), 'file')} cannot be read: {kind}", files)
     said = lambda e: _suffix_formats.get(e.path.suffix[1:].lower(), e.format)
     odd = [[str(e.path), f'is {e.format}'] for e in entries if e.format and said(e) != e.format]
-    if odd: yield Finding('note', 'wrong ending', f"{counted(len(odd), 'file')} of another format than the name says (read by content)", odd)
-    thin = [[str(e.path), f'{e.width} × {e.height}'] for e in entries if e.width and max(e.width, e.height) > 8*min(e.width, e.height)]
-    if thin: yield Finding('warning', 'odd shape', f"{counted(len(thin), 'image')} more than eight times as long as wide", thin)
+    if odd:
+        n = counted(len(odd), 'file')
+        yield Finding('note', 'wrong ending', f"{n} of another format than the name says (read by content)", odd)
+    is_thin = lambda e: e.width and max(e.width, e.height) > 8*min(e.width, e.height)
+    thin = [[str(e.path), f'{e.width} × {e.height}'] for e in entries if is_thin(e)]
+    if thin:
+        n = counted(len(thin), 'image')
+        yield Finding('warning', 'odd shape', f"{n} more than eight times as long as wide", thin)
 
 def _loose_findings(path: Path):
     "Images that lie beside class folders, in none."
     for folder in (*(o for o in class_folders(path) if split_of(o.name) == 'train'), path):
         if not [o for o in class_folders(folder) if folder != path or not split_of(o.name)]: continue
         loose = [[str(o)] for o in sorted(folder.iterdir()) if o.suffix.lower() in image_suffixes and o.is_file()]
-        if loose: yield Finding('warning', 'loose', f"{counted(len(loose), 'image')} in no class folder, beside them: not trained on", loose)
+        if loose:
+            n = counted(len(loose), 'image')
+            yield Finding('warning', 'loose', f"{n} in no class folder, beside them: not trained on", loose)
         return
 
 def _class_findings(entries: list[Entry], empty: dict):
     "Classes that are empty, missing, alone or very uneven."
     has = {s: Counter(e.label for e in entries if e.split == s and e.label) for s in ('train', 'valid', 'test')}
+    train = has.pop('train')
     if not entries: yield Finding('error', 'no images', 'there are no images')
-    elif not has['train'] and not empty.get('train'):
+    elif not train and not empty.get('train'):
         n = counted(len(entries), 'image')
-        yield Finding('error', 'no classes', f"{n} and no class: put each class in a folder of its own, or give a table (--csv) or list (--train)")
-    elif len(has['train']) < 2:
-        yield Finding('error', 'one class', f"{counted(len(has['train']), 'class', 'classes')} to train on: a classifier needs two or more")
+        yield Finding('error', 'no classes', f"{n} and no class: put each class in a folder of its own, "
+                                             "or give a table (--csv) or list (--train)")
+    elif len(train) < 2:
+        n = counted(len(train), 'class', 'classes')
+        yield Finding('error', 'one class', f"{n} to train on: a classifier needs two or more")
     for s, names in empty.items():
-        yield Finding('error' if s == 'train' else 'warning', 'empty class', f"class folders of {s} without images: {', '.join(map(repr, names))}")
-    for s in ('valid', 'test'):
-        if not has[s]: continue
-        if new := sorted(set(has[s])-set(has['train']), key=natural_key):
-            yield Finding('error', 'unknown class', f"classes of {s} that are not in train: {', '.join(map(repr, new))}")
-        if gone := sorted(set(has['train'])-set(has[s]), key=natural_key):
-            names = ', '.join(map(repr, gone[:10])) + ' …'*(len(gone) > 10)
-            yield Finding('warning', 'missing class', f"{counted(len(gone), 'class', 'classes')} of train not in {s}: {names}")
-    if len(has['train']) > 1:
-        (most, n), (least, m) = has['train'].most_common()[0], has['train'].most_common()[-1]
-        if n > 5*m: yield Finding('warning', 'imbalance', f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'")
+        level = 'error' if s == 'train' else 'warning'
+        yield Finding(level, 'empty class', f"class folders of {s} without images: {_listing(names)}")
+    for s, held in has.items():
+        if held: yield from _held_out_findings(s, set(held), set(train))
+    if len(train) > 1:
+        (most, n), (least, m) = train.most_common()[0], train.most_common()[-1]
+        uneven = f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'"
+        if n > 5*m: yield Finding('warning', 'imbalance', uneven)
+
+def _listing(names) -> str: return ', '.join(map(repr, names))
+
+def _held_out_findings(split: str, held: set, train: set): # names of classes
+    "Classes that a held-out split alone has, or lacks."
+    if new := sorted(held-train, key=natural_key):
+        yield Finding('error', 'unknown class', f"classes of {split} that are not in train: {_listing(new)}")
+    if gone := sorted(train-held, key=natural_key):
+        n, some = counted(len(gone), 'class', 'classes'), _listing(gone[:10]) + ' …'*(len(gone) > 10)
+        yield Finding('warning', 'missing class', f"{n} of train not in {split}: {some}")
 
 def _list_findings(entries: list[Entry], classes):
     "What a list of class names says otherwise than the images do."
     names = read_classes(classes) if isinstance(classes, Path) else list(classes)
     found = {e.label for e in entries if e.label}
-    numbers = names and all(o.isdecimal() and int(o) < len(names) for o in found)
-    if found <= set(names) or not numbers:
-        extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
-    else: extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
-    if extra: yield Finding('error', 'unknown class', f"labels that are not in the class list: {', '.join(map(repr, extra))}")
-    if unused: yield Finding('warning', 'missing class', f"classes of the list without an image: {', '.join(map(repr, unused))}")
+    if _are_numbers(found, names): extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
+    else: extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
+    if extra: yield Finding('error', 'unknown class', f"labels that are not in the class list: {_listing(extra)}")
+    if unused: yield Finding('warning', 'missing class', f"classes of the list without an image: {_listing(unused)}")
 
 def _group_findings(entries: list[Entry]):
     "Groups that a split tears apart."
     by_group = defaultdict(list)
     for e in entries: by_group[e.group].append(e)
     torn = [[str(e.path) for e in o] for g, o in by_group.items() if g and len({e.split for e in o}) > 1]
-    if torn: yield Finding('error', 'leak (group)', f"{counted(len(torn), 'group')} in more than one split: validation flatters", torn)
+    if torn:
+        n = counted(len(torn), 'group')
+        yield Finding('error', 'leak (group)', f"{n} in more than one split: validation flatters", torn)
 
 # %% ../../nbs/180_data.check.ipynb #a494ed75
-def _near_pairs(looks: list[tuple], max_bits: int = 3, max_grey: float = 3.) -> list[tuple[int, int]]:
-    "Pairs of images that look the same: hashes within `max_bits`, thumbnails within `max_grey` levels on average. Flat pictures do not count."
+_max_bits, _max_grey = 3, 3. # how far apart two hashes may be, and two thumbnails, in grey levels on average
+
+def _near_pairs(looks: list[tuple]) -> list[tuple[int, int]]: # numbers of the two
+    "Pairs of images whose hashes and thumbnails are close; flat pictures do not count."
     hashes = np.array([h for h, _ in looks], dtype=np.uint64)
     thumbs = np.array([np.frombuffer(t, np.uint8) for _, t in looks], dtype=np.int16).reshape(len(looks), 256)
     pairs, alive = set(), np.flatnonzero(thumbs.std(1) > 4)
-    for band in range(4): # of hashes that differ in at most three bits, one of four bands of 16 bits is the same
+    for band in range(4): # of two hashes that differ in at most three bits, one of four bands of 16 bits is the same
         key = (hashes[alive] >> np.uint64(16*band)) & np.uint64(0xFFFF)
         order = alive[np.lexsort((hashes[alive], key))]
         for bucket in np.split(order, np.flatnonzero(np.diff(np.sort(key)))+1):
             for step in range(1, min(len(bucket), 64)): # neighbours in a bucket of many are compared as far as 64 apart
                 i, j = bucket[:-step], bucket[step:]
-                close = np.bitwise_count(hashes[i] ^ hashes[j]) <= max_bits
+                close = np.bitwise_count(hashes[i] ^ hashes[j]) <= _max_bits
+                if not close.any(): continue
                 i, j = i[close], j[close]
-                same = abs(thumbs[i]-thumbs[j]).mean(1) <= max_grey if len(i) else []
-                pairs |= {(min(a, b), max(a, b)) for a, b in zip(i[same].tolist(), j[same].tolist())} if len(i) else set()
+                same = abs(thumbs[i]-thumbs[j]).mean(1) <= _max_grey
+                pairs |= {(min(a, b), max(a, b)) for a, b in zip(i[same].tolist(), j[same].tolist())}
     return sorted(pairs)
 
 def _digest_alike(entries: list[Entry]) -> list[Entry]:
-    "Read the rest of those files alone that begin as another does and are as long: a set of equally long files is not read whole."
+    "Read the rest of those files alone that begin as another does and are as long."
+    # so a set of equally long files is not read whole
     n = Counter(e.digest for e in entries)
     return [replace(e, digest=_digest(e.path.read_bytes()) if e.digest and n[e.digest] > 1 else '') for e in entries]
 
@@ -195,7 +222,8 @@ def _groups(pairs, n: int) -> list[list[int]]:
 def _names(twins: list[Entry]) -> list[str]:
     "Their paths; of one path that is listed more than once, as what."
     paths = list(dict.fromkeys(str(e.path) for e in twins))
-    return paths if len(paths) > 1 else [*paths, 'listed as ' + ' and '.join(f'{e.split} {e.label!r}' for e in twins)]
+    if len(paths) > 1: return paths
+    return [*paths, 'listed as ' + ' and '.join(f'{e.split} {e.label!r}' for e in twins)]
 
 def _twin_findings(entries: list[Entry]):
     "Exact and near duplicates: across splits they are leaks, with two labels they are contradictions."
@@ -206,10 +234,10 @@ def _twin_findings(entries: list[Entry]):
     pairs = _near_pairs([e.look for e in ok]) if all(e.look for e in ok) else []
     near = [g for g in _groups(pairs, len(ok)) if len({ok[i].digest for i in g}) > 1]
     for name, groups in (('exact', exact), ('near', near)):
-        what = 'the same file' if name == 'exact' else 'the same picture'
-        level = 'error' if name == 'exact' else 'warning'
-        found = lambda level, kind, where, gs, so='': Finding(level, f'{kind} ({name})', f"{what} {where}, {counted(len(gs), 'time')}{so}",
-                                                              [_names([ok[i] for i in g]) for g in gs])
+        what, level = ('the same file', 'error') if name == 'exact' else ('the same picture', 'warning')
+        def found(level, kind, where, gs, so=''):
+            text = f"{what} {where}, {counted(len(gs), 'time')}{so}"
+            return Finding(level, f'{kind} ({name})', text, [_names([ok[i] for i in g]) for g in gs])
         leaks = [g for g in groups if len({ok[i].split for i in g}) > 1]
         if leaks: yield found(level, 'leak', 'in more than one split', leaks, ': validation flatters')
         clash = [g for g in groups if len({ok[i].label for i in g if ok[i].label}) > 1]
@@ -228,86 +256,116 @@ class Findings:
     findings: list # of `Finding`, the worst first
 
     @property
-    def ok(self) -> bool: return not any(f.level == 'error' for f in self.findings) # nothing here would hurt training
-    def to_dict(self) -> dict: return {**asdict(self), 'ok': self.ok}
-    def json(self) -> str: return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+    def ok(self) -> bool: # no error among the findings
+        "Whether nothing here would hurt training."
+        return not any(f.level == 'error' for f in self.findings)
+
+    def to_dict(self) -> dict: # the fields, findings as dicts, and `ok`
+        "What was found, as plain data."
+        return {**asdict(self), 'ok': self.ok}
+
+    def json(self) -> str: # JSON, indented
+        "The same as text, for other programs."
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
     def __str__(self): return findings_text(self)
     def _repr_html_(self): return findings_html(self, page=False)
 
 # %% ../../nbs/180_data.check.ipynb #f3402c42
-def _bar(n: int, most: int, width: int = 40) -> str: return '█'*max(1, round(width*n/most))
+def _bar(n: int, most: int) -> str: return '█'*max(1, round(40*n/most))
 
-def _show_file(group: list[str]) -> str: return '  '.join(json.dumps(o, ensure_ascii=False)[1:-1] if '\n' in o else o for o in group)
+def _show_files(group: list[str]) -> str: # on one line, whatever their names
+    return '  '.join(json.dumps(o, ensure_ascii=False)[1:-1] if '\n' in o else o for o in group)
 
 # %% ../../nbs/180_data.check.ipynb #7b60c0b1
 def findings_text(
-    r: Findings,
+    r: Findings, # from `check_data`
     *,
-    max_files: int = 5, # files or groups listed per finding
-    max_classes: int = 40 # bars drawn; the rest are summed up
-) -> str:
+    max_files: int = 5, # files or groups listed per finding; the rest are counted
+    max_classes: int = 40 # bars drawn, about a screen; the rest are counted
+) -> str: # many lines
     "The report for a terminal."
-    total = {s: sum(c.values()) for s, c in r.counts.items() if c}
-    lines = [f"{r.path}: " + (', '.join(f"{counted(n, 'image')} in {s}" for s, n in total.items()) or 'no images'), '']
+    lines = [f"{r.path}: {_totals_text(r) or 'no images'}", '']
     train = r.counts.get('train', {})
-    for c in list(train)[:max_classes]: lines.append(f'{c[:24]:<24} {train[c]:>7,}  {_bar(train[c], max(train.values()))}')
+    most = max(train.values(), default=1)
+    lines += [f'{c[:24]:<24} {n:>7,}  {_bar(n, most)}' for c, n in list(train.items())[:max_classes]]
     if len(train) > max_classes: lines.append(f'… and {len(train)-max_classes} more classes')
-    sizes, formats = (', '.join(o) for o in ([f'{k} {v}' for k, v in r.sizes.items()], [f'{n:,} {f}' for f, n in r.formats.items()]))
-    if r.sizes: lines += ['', f'sizes: {sizes}; {formats}']
+    formats = ', '.join(f'{n:,} {f}' for f, n in r.formats.items())
+    if r.sizes: lines += ['', f'sizes: {_sizes_text(r)}; {formats}']
     for f in r.findings:
-        lines += ['', f'{f.level.upper()}  {f.text}'] + [f'    {_show_file(g)}' for g in f.files[:max_files]]
+        lines += ['', f'{f.level.upper()}  {f.text}'] + [f'    {_show_files(g)}' for g in f.files[:max_files]]
         if len(f.files) > max_files: lines.append(f'    … and {len(f.files)-max_files} more (--json lists all)')
-    errors = sum(f.level == 'error' for f in r.findings)
-    end = f"{counted(errors, 'error')}: mend {'it' if errors == 1 else 'them'} before training" if errors else 'nothing here would hurt training'
+    end, n = 'nothing here would hurt training', sum(f.level == 'error' for f in r.findings)
+    if n: end = f"{counted(n, 'error')}: mend {'it' if n == 1 else 'them'} before training"
     return '\n'.join(lines + ['', end])
 
+def _totals_text(r: Findings) -> str: # '200 images in train, 50 images in valid'
+    return ', '.join(f"{counted(sum(c.values()), 'image')} in {s}" for s, c in r.counts.items() if c)
+
+def _sizes_text(r: Findings) -> str: return ', '.join(f'{k} {v}' for k, v in r.sizes.items())
+
 # %% ../../nbs/180_data.check.ipynb #93d004c0
-def _thumb(path: str, side: int = 96) -> str: # an <img>, or nothing for a file that cannot be read
+def _thumb(path: str) -> str: # an <img>, or nothing for a file that cannot be read
+    side = 96 # in pixels, the longer one
     try: im = read_image(path, side)
     except ImageError: return ''
     s = side/max(im.shape[:2])
-    im = cv2.resize(im, (max(1, round(im.shape[1]*s)), max(1, round(im.shape[0]*s))), interpolation=cv2.INTER_AREA)
+    w, h = (max(1, round(o*s)) for o in im.shape[1::-1])
+    im = cv2.resize(im, (w, h), interpolation=cv2.INTER_AREA)
     data = base64.b64encode(cv2.imencode('.jpg', im[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 80])[1]).decode()
     return f'<img alt="{html.escape(Path(path).name)}" src="data:image/jpeg;base64,{data}">'
 
-def _group_html(f: Finding, group: list[str]) -> str:
-    files = group[:1] if f.kind.startswith(('unreadable', 'wrong', 'odd')) else group
-    names = ''.join(f'<figure>{_thumb(o)}<figcaption>{html.escape(o)}</figcaption></figure>' for o in files[:6])
-    return f"<li>{names}{html.escape(' '.join(group[1:])) if files is not group and len(files) < len(group) else ''}</li>"
+# what a notebook needs too, where the page's style is missing, stands at the elements
+_row = 'display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;border-top:1px solid #ddd;padding:.4rem 0'
 
-_style = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
-h2{font-size:1.1rem;margin:1.6rem 0 .3rem}.error h2{color:#a5121b}.warning h2{color:#8a5300}table{border-collapse:collapse}
-td{padding:.1rem .6rem .1rem 0;vertical-align:middle}td.n{text-align:right;font-variant-numeric:tabular-nums}.bar{background:#0072b2;height:.8rem}
-ul{padding:0;list-style:none}li{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;border-top:1px solid #ddd;padding:.4rem 0}
-figure{margin:0;max-width:100%}figcaption{font-size:.8rem;overflow-wrap:anywhere}'''
+def _group_html(f: Finding, group: list[str]) -> str: # files, or one file and what is said of it
+    files, words = group, []
+    if f.kind.startswith(('unreadable', 'wrong', 'odd')): files, words = group[:1], group[1:]
+    figure = '<figure style="margin:0;max-width:100%">{}<figcaption>{}</figcaption></figure>'
+    names = ''.join(figure.format(_thumb(o), html.escape(o)) for o in files[:6])
+    return f'<li style="{_row}">{names}{html.escape(" ".join(words))}</li>'
+
+def _finding_html(f: Finding, max_files: int) -> str:
+    items = ''.join(_group_html(f, g) for g in f.files[:max_files])
+    if len(f.files) > max_files: items += f'<li>… and {len(f.files)-max_files:,} more</li>'
+    title = f'{f.level.capitalize()}: {html.escape(f.text)}'
+    return f'<section class="{f.level}"><h2>{title}</h2><ul>{items}</ul></section>'
+
+_style = '''body{font:16px/1.5 system-ui,sans-serif;color:#1b1b1b;background:#fff}
+body{max-width:60rem;margin:2rem auto;padding:0 1rem}
+h2{font-size:1.1rem;margin:1.6rem 0 .3rem}.error h2{color:#a5121b}.warning h2{color:#8a5300}
+table{border-collapse:collapse}td{padding:.1rem .6rem .1rem 0;vertical-align:middle}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+ul{padding:0;list-style:none}figcaption{font-size:.8rem;overflow-wrap:anywhere}'''
 
 # %% ../../nbs/180_data.check.ipynb #e699e992
 def findings_html(
-    r: Findings,
+    r: Findings, # from `check_data`
     *,
     page: bool = True, # a whole page, or only its body for a notebook
-    max_files: int = 12 # groups of files shown with thumbnails per finding
-) -> str:
+    max_files: int = 12 # files or groups shown with thumbnails per finding; the rest are counted
+) -> str: # HTML
     "The report as one self-contained page with thumbnails."
     train = r.counts.get('train', {})
     most = max(train.values(), default=1)
-    bar = '<td style="width:50%"><div class="bar" style="width:{:.1f}%"></div></td>'
-    rows = ''.join(f'<tr><td>{html.escape(c)}</td><td class="n">{n:,}</td>{bar.format(100*n/most)}</tr>' for c, n in train.items())
-    found = ''.join(f'<section class="{f.level}"><h2>{f.level.capitalize()}: {html.escape(f.text)}</h2><ul>' +
-                    ''.join(_group_html(f, g) for g in f.files[:max_files]) +
-                    (f'<li>… and {len(f.files)-max_files:,} more</li>' if len(f.files) > max_files else '') + '</ul></section>' for f in r.findings)
-    total = ', '.join(f"{counted(sum(c.values()), 'image')} in {s}" for s, c in r.counts.items() if c)
-    sizes = ', '.join(f'{k} {v}' for k, v in r.sizes.items())
-    body = (f'<h1>{html.escape(Path(r.path).name)}</h1><p>{total}. {sizes}.</p>{found or "<p>Nothing to mend.</p>"}'
-            f'<h2>Training images by class</h2><table>{rows}</table>')
+    bar = '<td style="width:50%"><div style="width:{:.1f}%;height:.8rem;background:#0072b2"></div></td>'
+    row = lambda c, n: f'<tr><td>{html.escape(c)}</td><td class="n">{n:,}</td>{bar.format(100*n/most)}</tr>'
+    rows = ''.join(row(c, n) for c, n in train.items())
+    found = ''.join(_finding_html(f, max_files) for f in r.findings)
+    name = html.escape(Path(r.path).name)
+    body = (f'<h1>{name}</h1><p>{_totals_text(r)}. {_sizes_text(r)}.</p>{found or "<p>Nothing to mend.</p>"}'
+            f'<h2>Training images by class</h2><table style="width:100%">{rows}</table>')
     if not page: return body
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<title>Check of {html.escape(Path(r.path).name)}</title><style>{_style}</style></head><body>{body}</body></html>')
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f'<title>Check of {name}</title><style>{_style}</style></head><body>{body}</body></html>')
 
 # %% ../../nbs/180_data.check.ipynb #0c238d36
 def _sizes(entries: list[Entry]) -> dict:
     s = sorted(((e.width, e.height) for e in entries if e.width), key=lambda o: o[0]*o[1])
-    return {k: f'{w} × {h}' for k, (w, h) in zip(('smallest', 'median', 'largest'), (s[0], s[len(s)//2], s[-1]))} if s else {}
+    if not s: return {}
+    picked = dict(smallest=s[0], median=s[len(s)//2], largest=s[-1])
+    return {k: f'{w} × {h}' for k, (w, h) in picked.items()}
 
 def _counts(entries: list[Entry]) -> dict:
     n = {s: Counter(e.label for e in entries if e.split == s) for s in ('train', 'valid', 'test')}
@@ -320,25 +378,27 @@ def check_data(
     *,
     fast: bool = False, # headers, class counts and files that are the same to the byte: no decoding, no near duplicates
     **source # fields of `DataSource`: train, valid, csv …
-) -> Findings:
+) -> Findings: # the worst first; as text, HTML or JSON
     "Read every image of a data source and report what would hurt training."
     source = data_source(data, **source)
     path = Path(source.path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    entries, empty = (_sample_entries(*source_samples(source, strict=False)), {}) if _listed(source) else _folder_entries(path)
-    more = [*_group_findings(entries), *(() if _listed(source) else _loose_findings(path))]
+    listed = _is_listed(source)
+    if listed: entries, empty = _sample_entries(*source_samples(source, strict=False)), {}
+    else: entries, empty = _folder_entries(path)
+    more = [*_group_findings(entries), *(() if listed else _loose_findings(path))]
     if source.classes: more += _list_findings(entries, source.file('classes') or source.classes)
     return _findings(path, entries, empty, fast, more)
 
-def _listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
+def _is_listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
     return source.in_memory or bool(source.csv) or source.train != 'train' or source.valid != 'val'
 
 def check_samples(
     train: list[Sample], # training images
     valid: list[Sample], # validation images
     path: str|Path # where they come from, for the report
-) -> Findings:
-    "The fast part of the check, on images that are already listed: headers, class counts, files that are the same. `train` does it by itself."
+) -> Findings: # the worst first
+    "The fast part of the check, on listed images: headers, class counts, files that are the same; `train` does it."
     return _findings(path, _sample_entries(train, valid), {}, True)
 
 def _findings(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> Findings:
@@ -348,4 +408,5 @@ def _findings(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> F
     if fast: seen = _digest_alike(seen)
     findings = [*_class_findings(seen, empty), *_file_findings(seen), *_twin_findings(seen), *more]
     findings.sort(key=lambda f: ('error', 'warning', 'note').index(f.level))
-    return Findings(str(path), _counts(seen), _sizes(seen), dict(Counter(e.format for e in seen if e.format).most_common()), findings)
+    formats = dict(Counter(e.format for e in seen if e.format).most_common())
+    return Findings(str(path), _counts(seen), _sizes(seen), formats, findings)

@@ -12,6 +12,7 @@ import torch
 from fastai.vision.core import TensorImage
 from fasttransform import DisplayedTransform
 from torch import Tensor
+from .augment import RandomErasing
 from .image import grey_weights, imagenet_mean, imagenet_std
 
 # %% ../../nbs/130_data.colour.ipynb #1a556c09
@@ -19,7 +20,8 @@ def _grey(x: Tensor) -> Tensor: # N×3×H×W → N×1×H×W
     r, g, b = grey_weights
     return (r*x[:, 0] + g*x[:, 1] + b*x[:, 2])[:, None]
 
-def _blend(x: Tensor, other: Tensor, f: Tensor) -> Tensor: # N×3×H×W floats from 0 to 255; f has a factor per image
+def _blend(x: Tensor, other: Tensor, f: Tensor) -> Tensor: # N×3×H×W floats from 0 to 255
+    "`x` and `other`, weighed by a factor for each image."
     return (x*f + other*(1-f)).clamp_(0, 255)
 
 # %% ../../nbs/130_data.colour.ipynb #26870f8c
@@ -31,7 +33,8 @@ def shift_hue(
     top, low = x.amax(1), x.amin(1)
     span = (top-low).clamp_(min=1e-6)
     r, g, b = x.unbind(1)
-    h = torch.where(top == r, (g-b)/span % 6, torch.where(top == g, (b-r)/span + 2, (r-g)/span + 4)) + 6*by[:, 0]
+    h = torch.where(top == g, (b-r)/span + 2, (r-g)/span + 4)
+    h = torch.where(top == r, (g-b)/span % 6, h) + 6*by[:, 0]
     n = torch.tensor([5., 3., 1.], device=x.device).view(1, 3, 1, 1)
     k = (n + h[:, None]) % 6 # the formula without cases: V - (V-min)·max(0, min(k, 4-k, 1))
     return top[:, None] - (top-low)[:, None]*torch.minimum(k, 4-k).clamp_(0, 1)
@@ -46,8 +49,10 @@ def jitter_batch(
     order: tuple = (0, 1, 2, 3) # in which the four are applied; clamping makes it matter
 ) -> Tensor: # the same shape
     "torchvision's `ColorJitter` with parameters for each image."
-    steps = (lambda x: (x*brightness).clamp_(0, 255), lambda x: _blend(x, _grey(x).mean((2, 3), keepdim=True), contrast),
-             lambda x: _blend(x, _grey(x), saturation), lambda x: shift_hue(x, hue))
+    steps = (lambda x: (x*brightness).clamp_(0, 255),
+             lambda x: _blend(x, _grey(x).mean((2, 3), keepdim=True), contrast),
+             lambda x: _blend(x, _grey(x), saturation),
+             lambda x: shift_hue(x, hue))
     for i in order: x = steps[i](x)
     return x
 
@@ -60,7 +65,9 @@ def erase_batch(
     "Overwrite a box of each image with noise that is standard normal under ImageNet's mean and deviation."
     mean, std = (torch.tensor(o, device=x.device).view(3, 1, 1)*255 for o in (imagenet_mean, imagenet_std))
     for im, box in zip(x, boxes):
-        if box: t, l, h, w = box; im[:, t:t+h, l:l+w] = (noise[:, t:t+h, l:l+w]*std + mean).clamp_(0, 255)
+        if not box: continue
+        t, l, h, w = box
+        im[:, t:t+h, l:l+w] = (noise[:, t:t+h, l:l+w]*std + mean).clamp_(0, 255)
     return x
 
 # %% ../../nbs/130_data.colour.ipynb #0b8ea046
@@ -69,10 +76,15 @@ class DeviceColour(DisplayedTransform):
     order, split_idx = 98, 0 # before `NormalizeUint8`; on training batches only
     def __init__(self,
         jitter: dict|None = None, # 'brightness', 'contrast', 'saturation', 'hue' → (low, high), from `split_colour`
-        erase = None # draws a box: a `RandomErasing`; `None`: no erasing
+        erase: RandomErasing|None = None # draws the boxes, with its probability; `None`: no erasing
     ): self.jitter, self.erase, self.rng = jitter, erase, torch.Generator()
 
-    def reseed(self, seed: int): self.rng.manual_seed(seed) # by the loader, each epoch
+    def reseed(self,
+        seed: int # whole number ≥ 0, of the epoch
+    ):
+        "Begin the stream of draws anew; the loader does so each epoch."
+        self.rng.manual_seed(seed)
+
     def __getstate__(self): return {**self.__dict__, 'rng': None} # generators cannot be pickled
     def __setstate__(self, d): self.__dict__.update(d); self.rng = torch.Generator()
 
@@ -80,13 +92,17 @@ class DeviceColour(DisplayedTransform):
         u = torch.empty(n).uniform_(low, high, generator=self.rng)
         return u.view(n, 1, 1, 1).to(device, non_blocking=True)
 
-    def encodes(self, x: TensorImage):
+    def encodes(self,
+        x: TensorImage # N×3×H×W, uint8
+    ):
+        "Floats from 0 to 255, jittered and erased."
         y, n = x.as_subclass(Tensor).float(), len(x)
         if self.jitter:
             draws = {k: self._uniform(n, *r, x.device) for k, r in self.jitter.items()}
             y = jitter_batch(y, **draws, order=torch.randperm(4, generator=self.rng).tolist()) # one order for the batch
         if self.erase:
-            boxes = [self.erase.box(*y.shape[2:], self._draw) if self._draw() < self.erase.p else None for _ in range(n)]
+            h, w = y.shape[2:]
+            boxes = [self.erase.box(h, w, self._draw) if self._draw() < self.erase.p else None for _ in range(n)]
             noise = torch.empty(y.shape[1:]).normal_(generator=self.rng).to(x.device, non_blocking=True)
             y = erase_batch(y, boxes, noise)
         return y.as_subclass(TensorImage)

@@ -36,7 +36,8 @@ from .cache import build_cache
 from ..core import choice, track
 from .colour import DeviceColour
 from .image import ImageError, imagenet_mean, imagenet_std, pil_rgb, read_image, to_rgb
-from .sources import DataSource, Sample, class_names, data_source, fold_split, source_samples, stratified_split
+from .sources import (DataSource, Sample, class_names, data_source, fold_split, source_samples,
+                                    stratified_split)
 from .workers import Workers, prepare_worker
 
 # %% ../../nbs/170_data.core.ipynb #8f8b0ca7
@@ -45,7 +46,7 @@ def _stack(
     n: int, # so many
     out: np.ndarray|None = None # memory to use, flat
 ) -> torch.Tensor: # uint8 N×3×H×W
-    "A batch of images, each split into its place as it comes: OpenCV does it eight times as fast as a transposed copy."
+    "A batch of images, each split into its place as it comes: by OpenCV, eight times as fast as a transposed copy."
     x = None
     for k, im in enumerate(ims):
         h, w = im.shape[:2]
@@ -53,8 +54,8 @@ def _stack(
             need = n*3*h*w
             x = (out[:need] if out is not None and len(out) >= need else np.empty(need, np.uint8)).reshape(n, 3, h, w)
         if (h, w) != x.shape[2:]:
-            raise ValueError(f"the augmentation gives images of {h} × {w} and of {x.shape[2]} × {x.shape[3]} pixels: a batch needs one size, so let "
-                             "it end with a crop or a resize")
+            raise ValueError(f"the augmentation gives images of {h} × {w} and of {x.shape[2]} × {x.shape[3]} pixels: "
+                             "a batch needs one size, so let it end with a crop or a resize")
         cv2.split(im, list(x[k]))
     return torch.from_numpy(x)
 
@@ -75,7 +76,8 @@ class AugmentImage(Transform):
         split_idx: int, # 0: for training images, 1: for the others
         colour: bool = True # run the recipe's colour jitter and erasing too; false: `DeviceColour` does
     ):
-        self.augment, self.size, self.split_idx, self.seed = augment, size, split_idx, None # `seed`: of the next image that fastai passes
+        self.augment, self.size, self.split_idx = augment, size, split_idx
+        self.seed = None # of the next image that fastai passes
         self.pipe = augment_tfms(augment, size)
         if not colour: self.pipe = split_colour(self.pipe)[0]
         self.decode_side, self.cache = _decode_side(self.pipe, size), None
@@ -84,17 +86,29 @@ class AugmentImage(Transform):
         if isinstance(o, Image.Image): return pil_rgb(o)
         if isinstance(o, np.ndarray): return to_rgb(o)
         path = o.path if isinstance(o, Sample) else o
-        return self.cache[path] if self.cache is not None and path in self.cache else read_image(path, self.decode_side)
+        if self.cache is not None and path in self.cache: return self.cache[path]
+        return read_image(path, self.decode_side)
 
-    def load(self, o, seed: tuple|None = None) -> np.ndarray: # uint8 H×W×3
-        "Pixels of `o`, augmented with draws that depend on `seed` alone, or on the pipeline's own stream."
+    def load(self,
+        o: Sample|Path|str|Image.Image|np.ndarray, # an image, or where it is
+        seed: tuple|None = None # whole numbers ≥ 0 that fix every draw; the pipeline's own stream when not given
+    ) -> np.ndarray: # uint8, size×size×3
+        "The pixels of `o`, augmented."
         return apply_tfms(self.pipe, self._pixels(o), seed)
 
-    def encodes(self, o: Sample|Path|str|Image.Image|np.ndarray): return TensorImage(_to_tensor(self.load(o, self.seed)))
+    def encodes(self,
+        o: Sample|Path|str|Image.Image|np.ndarray # an image, or where it is
+    ):
+        "Its pixels as a uint8 `TensorImage`, 3×size×size."
+        return TensorImage(_to_tensor(self.load(o, self.seed)))
 
 class LabelOf(Transform):
     "The label of a `Sample`."
-    def encodes(self, o: Sample): return o.label
+    def encodes(self,
+        o: Sample # an image and its label
+    ):
+        "Its label, as text."
+        return o.label
 
 # %% ../../nbs/170_data.core.ipynb #0b4f12c0
 class NormalizeUint8(DisplayedTransform):
@@ -108,11 +122,24 @@ class NormalizeUint8(DisplayedTransform):
         m, s = (torch.tensor(o, dtype=torch.float32).view(1, -1, 1, 1) for o in (self.mean, self.std))
         self.scale, self.shift = 1/(255*s), -m/s
 
-    def to(self, device): self.scale, self.shift = self.scale.to(device), self.shift.to(device); return self
-    def encodes(self, x: TensorImage):
+    def to(self,
+        device: torch.device|str # where the batches are
+    ) -> 'NormalizeUint8': # itself
+        "Move the constants."
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+        return self
+
+    def encodes(self,
+        x: TensorImage # N×3×H×W, uint8 or floats from 0 to 255
+    ):
+        "Normalised floats."
         if self.scale.device != x.device: self.to(x.device)
-        return x.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift) # ten times as fast on a CPU as `x*scale`, which converts one by one
-    def decodes(self, x: TensorImage):
+        # ten times as fast on a CPU as `x*scale`, which converts one by one
+        return x.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift)
+
+    def decodes(self,
+        x: TensorImage # N×3×H×W, normalised floats
+    ):
         "Back to 0…1, to be shown."
         return ((x - self.shift.to(x.device))/(255*self.scale.to(x.device))).clamp(0, 1)
 
@@ -122,54 +149,70 @@ class ImageDatasets(Datasets):
     def batch(self,
         idxs: list[int], # numbers of its images
         seed: int|None = None, # of the epoch; an image's draws depend on it and on the image's number
-        out: np.ndarray|None = None # flat uint8 memory for the images
+        out: np.ndarray|None = None # flat uint8 memory for the images; new memory when not given
     ) -> tuple: # uint8 images N×3×H×W and, where there are labels, their class numbers
         "The images of `idxs`, stacked."
         images, *labels = self.tls
-        split, samples = images.tfms.split_idx, [images.items[i] for i in idxs]
-        tfm = next(t for t in images.tfms.fs if t.split_idx == split)
-        x = _stack((tfm.load(o, None if seed is None else (seed, i)) for o, i in zip(samples, idxs)), len(idxs), out)
+        samples = [images.items[i] for i in idxs]
+        tfm = next(t for t in images.tfms.fs if t.split_idx == images.tfms.split_idx)
+        seeds = (None if seed is None else (seed, i) for i in idxs)
+        x = _stack(map(tfm.load, samples, seeds), len(idxs), out)
         if not labels: return _typed(x)
         number = labels[0].vocab.o2i
         return _typed(x, torch.tensor([number[o.label] for o in samples]))
 
-def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # a `TensorImage` and, where there are labels, a `TensorCategory`
+def _typed(x: torch.Tensor, *y: torch.Tensor) -> tuple: # `TensorImage`, `TensorCategory` if there are labels
     "Images and class numbers as fastai's types."
     return x.as_subclass(TensorImage), *(o.as_subclass(TensorCategory) for o in y)
 
 # %% ../../nbs/170_data.core.ipynb #c61d3f34
 class ImageDL(TfmdDL):
-    "A `TfmdDL` that draws a seed each epoch from its own stream, can keep its processes, and names the file when an image cannot be read."
+    "A `TfmdDL` with a seed for each epoch, processes that can be kept, and errors that name the file."
     weights = None # of each item, when classes are drawn with other odds than they have
-    keep_workers, _kept, _seed = False, None, None # set by `KeepWorkers`; the processes it keeps; the epoch's seed
+    keep_workers, _kept = False, None # set by `KeepWorkers`; the processes it keeps
+    _seed = None # of the epoch, drawn from the loader's own stream
+
     def __getstate__(self): return self.__dict__ | {'_kept': None} # processes do not travel
 
     def before_iter(self):
+        "Draw the epoch's seed."
         super().before_iter()
         self._seed = self.rng.randint(0, 2**32-1)
         for t in self.after_batch.fs:
             if isinstance(t, DeviceColour): t.reseed(self._seed)
 
-    def create_item(self, s):
+    def create_item(self,
+        s: int|None # number of the item; none in a data set that is gone through in order
+    ) -> tuple: # image and label
+        "An item, with draws that depend on the epoch's seed and on its number."
         for t in _augments(self): t.seed = self._seed, s or 0
         return super().create_item(s)
 
-    def shuffle_fn(self, idxs):
+    def shuffle_fn(self,
+        idxs: list[int] # numbers of all items
+    ) -> list[int]: # as many, in the epoch's order
+        "Shuffle, or draw by `weights`."
         if self.weights is None: return super().shuffle_fn(idxs)
         return self.rng.choices(idxs, [self.weights[i] for i in idxs], k=len(idxs))
 
     def _make_batch(self, seed, idxs, out=None):
         "A batch; item by item only where transforms of items or of lists of them are to see each."
-        if isinstance(self.dataset, ImageDatasets) and not self.after_item.fs and not self.before_batch.fs: return self.dataset.batch(idxs, seed, out)
+        whole = isinstance(self.dataset, ImageDatasets) and not self.after_item.fs and not self.before_batch.fs
+        if whole: return self.dataset.batch(idxs, seed, out)
         self._seed = seed
         return self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
 
-    def create_batches(self, samps): return map(self._make_batch, repeat(self._seed), chunked(samps, self.bs, self.drop_last))
+    def create_batches(self,
+        samps: Iterable[int] # numbers of the items, in the epoch's order
+    ) -> Iterable[tuple]: # batches, before the transforms that run on the device
+        "Batch by batch."
+        return map(self._make_batch, repeat(self._seed), chunked(samps, self.bs, self.drop_last))
 
     def _known(self) -> list:
-        "All that processes know of this loader when they start: its items, as they are, and what its transforms hold, as bytes."
+        "All that processes know of this loader when they start: its items, and what its transforms hold, as bytes."
         tls = getattr(self.dataset, 'tls', ())
-        try: held = pickle.dumps((self.fake_l.num_workers, self.after_item, self.before_batch, [tl.tfms for tl in tls]))
+        tfms = self.after_item, self.before_batch, [tl.tfms for tl in tls]
+        try: held = pickle.dumps((self.fake_l.num_workers, *tfms))
         except Exception: held = object() # a lambda, say: nothing tells whether it is what it was
         return [held, self.dataset, *(o for tl in tls for o in tl.items)]
 
@@ -180,18 +223,21 @@ class ImageDL(TfmdDL):
         if same and all(map(is_, kept.known[1:], known[1:])): return kept
         if kept and not kept.busy: kept.close()
         slot_size = 0 if self.pin_memory else 3*self.bs*max((t.size for t in _augments(self)), default=0)**2
-        w = Workers(self._make_batch, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory, timeout=self.fake_l.timeout,
-                    seed=self._seed)
+        w = Workers(self._make_batch, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory,
+                    timeout=self.fake_l.timeout, seed=self._seed)
         if self.keep_workers and not (kept and kept.busy): self._kept, w.known = w, known
         return w
 
     def _from_workers(self):
         "As fastai's iteration, with processes that know only what is in a job."
         self.randomize(); self.before_iter()
-        torch.empty((), dtype=torch.int64).random_() # fastai draws once an epoch: the global stream is to be the same with processes and without
+        # fastai draws once an epoch: the global stream is to be the same with processes and without
+        torch.empty((), dtype=torch.int64).random_()
         jobs = [(self._seed, o) for o in chunked(self.get_idxs(), self.bs, self.drop_last)]
-        w, first = self._workers(), next((t for t in self.after_batch.fs if t.split_idx in (None, self.after_batch.split_idx)), None)
-        own = isinstance(first, (NormalizeUint8, DeviceColour)) # which write to other memory than they read: the slot may be used again
+        w, split = self._workers(), self.after_batch.split_idx
+        first = next((t for t in self.after_batch.fs if t.split_idx in (None, split)), None)
+        # these write to other memory than they read: the slot may be used again
+        own = isinstance(first, (NormalizeUint8, DeviceColour))
         try:
             for b in w.run(jobs):
                 if type(b[0]) is torch.Tensor: b = _typed(b[0] if own else b[0].clone(), *b[1:])
@@ -211,10 +257,12 @@ class ImageDL(TfmdDL):
         try: yield from self._from_workers() if self.fake_l.num_workers else super().__iter__()
         except ImageError as e: # a worker wraps the message in its own traceback
             why = str(e).rpartition('ImageError: ')[2].strip()
-            raise ImageError(f"{why}; `mstoolkit check` lists all such files, on_bad='skip' leaves them out", e.kind) from None
+            why += "; `mstoolkit check` lists all such files, on_bad='skip' leaves them out"
+            raise ImageError(why, e.kind) from None
         except RuntimeError as e:
             if 'DataLoader worker' not in str(e): raise
-            raise RuntimeError("a loader process died, most often for want of memory: use fewer of them (num_workers) or a smaller size") from e
+            raise RuntimeError("a loader process died, most often for want of memory: "
+                               "use fewer of them (num_workers) or a smaller size") from e
 
 def _augments(dl) -> list[AugmentImage]:
     "The `AugmentImage` transforms of a loader's data set."
@@ -225,7 +273,7 @@ def _augments(dl) -> list[AugmentImage]:
 def default_workers(
     n: int # images
 ) -> int: # loader processes
-    "As many loader processes as there are processors, 16 at the most; none for a set so small that starting them costs more."
+    "One loader process a processor, 16 at the most; none for a set so small that starting them costs more."
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return 0 if n < 512 or cpus == 1 else min(cpus, 16)
 
@@ -237,7 +285,8 @@ def unreadable_images(
     def attempt(f):
         try: read_image(f, 8)
         except ImageError as e: return str(e)
-    with ThreadPoolExecutor(os.cpu_count()) as ex: whys = list(track(ex.map(attempt, files), 'check images', total=len(files)))
+    with ThreadPoolExecutor(os.cpu_count()) as ex:
+        whys = list(track(ex.map(attempt, files), 'check images', total=len(files)))
     return {f: why for f, why in zip(files, whys) if why}
 
 # %% ../../nbs/170_data.core.ipynb #2c59671e
@@ -257,21 +306,23 @@ def image_dls(
     size: int = 224, # side of the square images, in pixels
     bs: int = 32, # images in a batch; fewer when there are fewer images
     augment: str = 'light', # a key of `augment_recipes`, for the training images
-    colour_on: str = 'auto', # where colour jitter and erasing run: 'workers', 'device', or 'auto': the device when it is a GPU
+    colour_on: str = 'auto', # where colour jitter and erasing run: 'workers', 'device' or 'auto' (a GPU does them)
     num_workers: int|None = None, # loader processes; `default_workers` when not given
     seed: int = 42, # of split, order and augmentation
-    mean: tuple = imagenet_mean, # of the normalisation; `fusion_learner` sets its backbone's own
+    mean: tuple = imagenet_mean, # of the normalisation, per channel; `fusion_learner` sets its backbone's own
     std: tuple = imagenet_std, # deviation, likewise
     device: torch.device|str|None = None, # fastai's default device when not given
     **source # fields of `DataSource`: train, valid, csv, classes, folds, on_bad, cache …
-) -> DataLoaders:
+) -> DataLoaders: # with the class names as `vocab`, and `left_out`: file → what is wrong with it
     "DataLoaders of uint8 images for a classifier, from class folders, a table or lists."
     choice(colour_on, ('auto', 'workers', 'device'), 'colour_on')
-    if bs < 1 or (num_workers or 0) < 0: raise ValueError(f"bs is {bs} and num_workers {num_workers}: give 1 or more, and 0 or more")
+    if bs < 1 or (num_workers or 0) < 0:
+        raise ValueError(f"bs is {bs} and num_workers {num_workers}: give 1 or more, and 0 or more")
     source = data_source(path, **source)
     names, tr, va, left_out = _samples(source, seed)
     device = default_device() if device is None else torch.device(device)
-    train_tfm, colour = _train_tfms(augment, size, colour_on == 'device' or colour_on == 'auto' and device.type == 'cuda')
+    on_device = colour_on == 'device' or colour_on == 'auto' and device.type == 'cuda'
+    train_tfm, colour = _train_tfms(augment, size, on_device)
     image_tfms, batch_tfms = [train_tfm, AugmentImage('none', size, 1)], [*colour, NormalizeUint8(mean, std)]
     dls = _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, Path(source.path))
     if source.cache: _use_cache(dls, Path(source.cache_in or Path(source.path)/'.cache'))
@@ -282,7 +333,8 @@ def _samples(source: DataSource, seed: int) -> tuple[list[str], list[Sample], li
     "Class names, training samples, validation samples, and the files left out with the reason why."
     tr, va = source_samples(source)
     if source.folds and va:
-        print(f"the {len(va):,} validation images of the table are not used: fold {source.fold} of {source.folds} is held out instead")
+        print(f"the {len(va):,} validation images of the table are not used: "
+              f"fold {source.fold} of {source.folds} is held out instead")
     tr, va, left_out = _drop_bad(tr, va) if source.on_bad == 'skip' else (tr, va, {})
     names, tr, va = class_names(tr, va, source.file('classes') or source.classes)
     if source.folds: tr, va = fold_split(tr, source.folds, source.fold, seed)
@@ -291,8 +343,8 @@ def _samples(source: DataSource, seed: int) -> tuple[list[str], list[Sample], li
 
 def _use_cache(dls: DataLoaders, folder: Path):
     "Let both pipelines read shrunk images."
-    augs = _augments(dls.train)
-    cache = build_cache([s.path for ds in (dls.train_ds, dls.valid_ds) for s in ds.items], max(t.decode_side for t in augs), folder)
+    augs, files = _augments(dls.train), [s.path for ds in (dls.train_ds, dls.valid_ds) for s in ds.items]
+    cache = build_cache(files, max(t.decode_side for t in augs), folder)
     for t in augs: t.cache = cache
 
 def _train_tfms(augment, size: int, on_device: bool) -> tuple[AugmentImage, list]:
@@ -306,8 +358,8 @@ def _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, devi
     ds = ImageDatasets(tr+va, tfms=[image_tfms, [LabelOf(), Categorize(vocab=names, sort=False)]],
                        splits=[range(len(tr)), range(len(tr), len(tr)+len(va))])
     workers = default_workers(len(tr)) if num_workers is None else num_workers
-    dls = ds.dataloaders(bs=min(bs, len(tr)), dl_type=ImageDL, num_workers=workers, after_batch=batch_tfms, device=device, path=path,
-                         pin_memory=torch.cuda.is_available())
+    dls = ds.dataloaders(bs=min(bs, len(tr)), dl_type=ImageDL, num_workers=workers, after_batch=batch_tfms,
+                         device=device, path=path, pin_memory=torch.cuda.is_available())
     for i, dl in enumerate(dls.loaders): dl.rng = random.Random(seed+i)
     return dls
 
@@ -333,10 +385,11 @@ def set_stats(
     mean: tuple, # per channel, of images scaled to 0…1
     std: tuple # per channel
 ):
-    """Normalise with `mean` and `std`; fastai's loaders from elsewhere get its `Normalize` if they have none, as with `vision_learner`.
-    Loaders of torch are left alone: their data set normalises."""
+    "Normalise with `mean` and `std`; loaders of torch are left alone, for their data set normalises."
     for t in _normalizers(dls): t.__init__(mean, std)
-    if hasattr(dls.train, 'after_batch') and not any(isinstance(t, (NormalizeUint8, Normalize)) for t in _batch_tfms(dls.train)):
+    if not hasattr(dls.train, 'after_batch'): return
+    # fastai's loaders from elsewhere get its `Normalize` if they have none, as with `vision_learner`
+    if not any(isinstance(t, (NormalizeUint8, Normalize)) for t in _batch_tfms(dls.train)):
         dls.add_tfms([Normalize.from_stats(mean, std)], 'after_batch')
 
 def input_size(
@@ -354,8 +407,9 @@ class _Files(torch.utils.data.Dataset):
     def __init__(self, files, size): self.files, self.size, self.pipe = files, size, augment_tfms('none', size)
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
-        try: return self.files[i], _to_tensor(apply_tfms(self.pipe, read_image(self.files[i], self.size)))
-        except ImageError as e: return self.files[i], str(e)
+        f = self.files[i]
+        try: return f, _to_tensor(apply_tfms(self.pipe, read_image(f, self.size)))
+        except ImageError as e: return f, str(e)
 
 def _split_bad(items: list) -> tuple[torch.Tensor, list[Path], dict]:
     "Stack what could be read, keep the reasons of the rest."
@@ -370,7 +424,8 @@ def image_loader(
     *,
     bs: int = 64, # images in a batch
     num_workers: int|None = None # loader processes; `default_workers` when not given
-) -> torch.utils.data.DataLoader: # batches of: uint8 images (B, 3, size, size), their files, and unreadable file → reason
+) -> torch.utils.data.DataLoader: # of uint8 images (B, 3, size, size), their files, and unreadable file → reason
     "A loader of image files for prediction."
     workers = default_workers(len(files)) if num_workers is None else num_workers
-    return torch.utils.data.DataLoader(_Files(files, size), bs, num_workers=workers, collate_fn=_split_bad, worker_init_fn=prepare_worker)
+    return torch.utils.data.DataLoader(_Files(files, size), bs, num_workers=workers, collate_fn=_split_bad,
+                                       worker_init_fn=prepare_worker)

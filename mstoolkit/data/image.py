@@ -22,13 +22,16 @@ import numpy as np
 from PIL import Image, ImageOps
 from ..core import natural_key
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR) # what is wrong with a file is said once, by name, in an `ImageError`
+# what is wrong with a file is said once, by name, in an `ImageError`
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
 # %% ../../nbs/110_data.image.ipynb #d187d90a
-image_suffixes = set('.avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split()) # endings that are taken for images
+# endings that are taken for images
+image_suffixes = set('.avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
 
-_magic = [(b'\xff\xd8\xff', 'JPEG'), (b'\x89PNG\r\n\x1a\n', 'PNG'), (b'GIF8', 'GIF'), (b'BM', 'BMP'), (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'),
-          (b'\0\0\0\x0cjP  ', 'JPEG2000'), (b'P4', 'PPM'), (b'P5', 'PPM'), (b'P6', 'PPM')]
+_magic = [(b'\xff\xd8\xff', 'JPEG'), (b'\x89PNG\r\n\x1a\n', 'PNG'), (b'GIF8', 'GIF'), (b'BM', 'BMP'),
+          (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'), (b'\0\0\0\x0cjP  ', 'JPEG2000'),
+          (b'P4', 'PPM'), (b'P5', 'PPM'), (b'P6', 'PPM')]
 
 def image_format(
     head: bytes # at least the first 16 bytes of a file
@@ -52,7 +55,7 @@ def _is_image(
 
 # %% ../../nbs/110_data.image.ipynb #2d763e8c
 def image_files(
-    folder: str|Path # a folder; images may lie at any depth, links are followed (and a link back to a parent only once)
+    folder: str|Path # images may lie at any depth in it; links are followed (one back to a parent only once)
 ) -> list[Path]: # in natural order
     "The image files in a folder; hidden files and folders are passed over."
     folder, found, seen = Path(folder), [], set()
@@ -62,14 +65,17 @@ def image_files(
         if (s.st_dev, s.st_ino) in seen: subdirs.clear(); continue
         seen.add((s.st_dev, s.st_ino))
         # links last, so that of two names of a folder the real one is taken
-        subdirs[:] = sorted((o for o in subdirs if not o.startswith('.')), key=lambda o: os.path.islink(os.path.join(d, o)))
+        shown = [o for o in subdirs if not o.startswith('.')]
+        subdirs[:] = sorted(shown, key=lambda o: os.path.islink(os.path.join(d, o)))
         found += [os.path.join(d, n) for n in names if _is_image(d, n)]
-    if not found: raise ValueError(f"there are no images in {str(folder)!r} (endings: {' '.join(sorted(image_suffixes))})")
+    if not found:
+        raise ValueError(f"there are no images in {str(folder)!r} (endings: {' '.join(sorted(image_suffixes))})")
     return [Path(f) for f in sorted(found, key=natural_key)]
 
 # %% ../../nbs/110_data.image.ipynb #b0d64c78
-bad_kinds = dict(missing='the file is gone', empty='the file is empty', alien='not an image', truncated='cut off', huge='absurd dimensions',
-                 damaged='damaged') # what can be wrong with a file
+bad_kinds = dict( # what can be wrong with a file
+    missing='the file is gone', empty='the file is empty', alien='not an image', truncated='cut off',
+    huge='absurd dimensions', damaged='damaged')
 
 class ImageError(ValueError):
     "A file that cannot be read as an image: names the file and what is wrong with it."
@@ -88,7 +94,7 @@ class ImageHeader(NamedTuple):
     "What an image file says about itself."
     format: str # as Pillow names it
     width: int # in pixels, as stored
-    height: int
+    height: int # likewise
 
 # %% ../../nbs/110_data.image.ipynb #481d1192
 def _jpeg_size(data: bytes) -> tuple[int, int]: # width, height
@@ -100,15 +106,18 @@ def _jpeg_size(data: bytes) -> tuple[int, int]: # width, height
         if 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC):
             h, w = struct.unpack('>HH', data[i+5:i+9])
             return w, h
-        i += 1 if m == 0xFF else 2 if 0xD0 <= m <= 0xD8 or m == 1 else 2+int.from_bytes(data[i+2:i+4], 'big') # fill bytes; bare markers; segments
+        if m == 0xFF: i += 1 # a fill byte
+        elif 0xD0 <= m <= 0xD8 or m == 1: i += 2 # a bare marker
+        else: i += 2 + int.from_bytes(data[i+2:i+4], 'big') # a segment
     raise ImageError("cut off before its frame header", 'truncated')
 
-_pillow_formats = ['AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP'] # an explicit list: Pillow would run Ghostscript on EPS
+# an explicit list: Pillow would run Ghostscript on EPS
+_pillow_formats = ['AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP']
 
 # %% ../../nbs/110_data.image.ipynb #6ac344c0
 def image_header(
     data: bytes # a file's content; for JPEG and PNG its beginning will do
-) -> ImageHeader:
+) -> ImageHeader: # its format, width and height
     "Format and size from the header, decoding nothing."
     fmt = image_format(data)
     if not data: raise ImageError("the file is empty", 'empty')
@@ -117,13 +126,15 @@ def image_header(
     elif fmt == 'PNG' and data[12:16] == b'IHDR': w, h = struct.unpack('>II', data[16:24])
     else:
         with Image.open(BytesIO(data), formats=_pillow_formats) as im: w, h = im.size
-    if w*h > max_pixels: raise ImageError(f"{w:,} × {h:,} pixels are more than the {max_pixels:,} that are read", 'huge')
+    if w*h > max_pixels:
+        raise ImageError(f"{w:,} × {h:,} pixels are more than the {max_pixels:,} that are read", 'huge')
     if w*h == 0: raise ImageError(f"{w} × {h} pixels", 'damaged')
     return ImageHeader(fmt, w, h)
 
 # %% ../../nbs/110_data.image.ipynb #c1d87a5a
 grey_weights = .299, .587, .114 # of red, green and blue, as in torchvision
-imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225) # of images scaled to 0…1; what timm's models were mostly trained with
+# of images scaled to 0…1; what timm's models were mostly trained with
+imagenet_mean, imagenet_std = (.485, .456, .406), (.229, .224, .225)
 
 # %% ../../nbs/110_data.image.ipynb #fa6d9e93
 def to_rgb(
@@ -149,7 +160,8 @@ def _pil_array(im: Image.Image) -> np.ndarray: # for `to_rgb`
     if im.mode in ('I;16', 'I;16B', 'I;16L', 'I;16N'): return np.asarray(im).astype(np.uint16)
     if im.mode in ('I', 'F'):
         a = np.asarray(im).astype(np.float64)
-        return a/(1 if a.max(initial=0) <= 1 and im.mode == 'F' else 255 if a.max(initial=0) <= 255 else 65535)
+        top = a.max(initial=0)
+        return a/(1 if top <= 1 and im.mode == 'F' else 255 if top <= 255 else 65535)
     if im.mode == 'La': im = im.convert('LA')
     clear = im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info
     return np.asarray(im.convert('RGBA' if clear else 'RGB'))
@@ -191,29 +203,34 @@ def _decode(data: bytes, size: int|None) -> np.ndarray:
     return _pillow(data)
 
 # %% ../../nbs/110_data.image.ipynb #6dd9c77a
+_decode_errors = (OSError, ValueError, RuntimeError, SyntaxError, IndexError, KeyError, TypeError, EOFError,
+                  MemoryError, struct.error, cv2.error) # what OpenCV and Pillow raise at bad data
+
 def decode_image(
     data: bytes, # an image file's content
-    size: int|None = None # side the model will see; a JPEG of at least twice that is decoded at a half, a quarter or an eighth of its size
+    # side the model will see, in pixels: a JPEG of at least twice that is decoded at 1/2, 1/4 or 1/8 of its size
+    size: int|None = None
 ) -> np.ndarray: # uint8 H×W×3, RGB, turned upright as its EXIF says
     "Decode an image, or raise an `ImageError` that says what is wrong."
     try: return _decode(data, size)
     except ImageError: raise
     except Image.DecompressionBombError as e: raise ImageError(str(e), 'huge') from e
-    except (OSError, ValueError, RuntimeError, SyntaxError, IndexError, KeyError, TypeError, EOFError, struct.error, MemoryError,
-            cv2.error) as e:
+    except _decode_errors as e:
         why = str(e).split(' <_io')[0].split('\n')[0] or type(e).__name__
         raise ImageError(why, 'truncated' if 'truncated' in why or 'EOF' in why else 'damaged') from e
 
 def read_image(
     path: str|Path, # an image file
-    size: int|None = None # side the model will see; a JPEG of at least twice that is decoded at a half, a quarter or an eighth of its size
+    size: int|None = None # side the model will see, in pixels, as for `decode_image`
 ) -> np.ndarray: # uint8 H×W×3, RGB, turned upright as its EXIF says
     "Read an image file, or raise an `ImageError` that names it and says what is wrong."
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode): raise ImageError("not a file", 'alien') # to open a named pipe would wait for ever
+        # to open a named pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode): raise ImageError("not a file", 'alien')
         with open(path, 'rb') as f:
             head = f.read(16)
-            if head and image_format(head) is None: image_header(head) # raises before a huge file that is no image is read whole
+            # raises before a huge file that is no image is read whole
+            if head and image_format(head) is None: image_header(head)
             return decode_image(head + f.read(), size)
     except ImageError as e: raise ImageError(f"{path} cannot be read as an image: {e}", e.kind) from e.__cause__
     except OSError as e: raise ImageError(f"{path} cannot be read: {e.strerror or e}", 'missing') from e

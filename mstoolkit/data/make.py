@@ -44,7 +44,8 @@ def _write_png(
 ):
     "Write `im` as PNG; OpenCV only returns False when the disk is full, so turn that into an error."
     if im.ndim == 3: im = im[..., ::-1]
-    if not cv2.imwrite(str(path), im, [cv2.IMWRITE_PNG_COMPRESSION, 1]): raise OSError(f"could not write {str(path)!r}: is the disk full?")
+    done = cv2.imwrite(str(path), im, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done: raise OSError(f"could not write {str(path)!r}: is the disk full?")
 
 def _map_threads(f: Callable, items):
     "Call `f` on each of `items` in a few threads: OpenCV draws, encodes and writes without Python's lock."
@@ -55,20 +56,21 @@ def _map_threads(f: Callable, items):
 navon_letters = 'AEHKLOSTXZ' # the ten letters, for the large form and for the small ones
 
 # %% ../../nbs/190_data.make.ipynb #a070e9ea
-_fonts = '''DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold DejaVuSerif
-    DejaVuSerif-Bold DejaVuSerif-BoldItalic STIXGeneralBol cmb10 cmss10 cmtt10'''.split() # shipped by matplotlib, so they are always there
+# shipped by matplotlib, so they are always there
+_fonts = '''DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold
+    DejaVuSerif DejaVuSerif-Bold DejaVuSerif-BoldItalic STIXGeneralBol cmb10 cmss10 cmtt10'''.split()
 _bold = [f for f in _fonts if 'Bol' in f or f == 'cmb10'] # strokes thick enough to be drawn with a few small letters
 _stray = '23456789' # glyphs of the clutter: none of the ten letters
 
 @functools.cache
 def _glyph(
     char: str, # one character
-    font: str, # file name of one of matplotlib's fonts, without `.ttf`
-    px: int = 48 # font size; only ever scaled down from here
+    font: str # file name of one of matplotlib's fonts, without `.ttf`
 ) -> np.ndarray: # its mask, uint8 H×W, cropped to the ink
     "Draw `char` once; every figure scales and pastes it."
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
+    px = 48 # font size; only ever scaled down from here
     f = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/{font}.ttf', px)
     im = Image.new('L', (3*px, 3*px))
     ImageDraw.Draw(im).text((px, px), char, fill=255, font=f)
@@ -93,7 +95,8 @@ def _paste(
 ):
     "Draw `mask` on `canvas`, cut at its edges."
     y, x = round(y - mask.shape[0]/2), round(x - mask.shape[1]/2)
-    y0, x0, y1, x1 = max(y, 0), max(x, 0), min(y+mask.shape[0], canvas.shape[0]), min(x+mask.shape[1], canvas.shape[1])
+    y0, y1 = max(y, 0), min(y+mask.shape[0], canvas.shape[0])
+    x0, x1 = max(x, 0), min(x+mask.shape[1], canvas.shape[1])
     if y0 < y1 and x0 < x1: np.maximum(canvas[y0:y1, x0:x1], mask[y0-y:y1-y, x0-x:x1-x], out=canvas[y0:y1, x0:x1])
 
 def _small(
@@ -142,10 +145,12 @@ def navon_figure(
     cell = n*rng.uniform(.108, .125)
     mask, glyph = np.zeros((n, n), np.uint8), _small(small, .95*cell, rng)
     shift = rng.uniform(-.06, .06, 2)*n
-    for y, x in _cells(large, _bold[rng.integers(len(_bold))], rows)*cell + n/2: _paste(mask, glyph, *(y, x)+rng.uniform(-.06, .06, 2)*cell)
+    for at in _cells(large, _bold[rng.integers(len(_bold))], rows)*cell + n/2:
+        _paste(mask, glyph, *at+rng.uniform(-.06, .06, 2)*cell)
     m = cv2.getRotationMatrix2D((n/2, n/2), rng.uniform(-20, 20), rng.uniform(.92, 1.08))
     m[:, 2] += shift
-    mask = cv2.resize(cv2.warpAffine(mask, m, (n, n)), (size, size), interpolation=cv2.INTER_AREA)[..., None]/np.float32(255)
+    mask = cv2.resize(cv2.warpAffine(mask, m, (n, n)), (size, size), interpolation=cv2.INTER_AREA)
+    mask = mask[..., None]/np.float32(255)
     paper, ink = _colours(rng)
     light = cv2.resize(rng.uniform(-25, 25, (2, 2)).astype(np.float32), (size, size))
     im = paper + light[..., None]
@@ -175,13 +180,17 @@ def make_navon(
     pairs = [(l, s) for l in navon_letters for s in navon_letters]
     with _whole_folder(out) as tmp:
         for split, (name, n) in enumerate(dict(train=n_train, val=n_valid, test=n_test).items()):
-            order = np.random.default_rng([seed, split]).permutation(n) # so that a file's number does not tell its class
+            # so that a file's number does not tell its class
+            order = np.random.default_rng([seed, split]).permutation(n)
             names = [_navon_label(*pairs[k%100], label) for k in order]
             files = [tmp/name/('' if name == 'test' else c)/f'{i:05}.png' for i, c in enumerate(names)]
             for d in {f.parent for f in files}: d.mkdir(parents=True, exist_ok=True)
-            def draw(i): _write_png(files[i], navon_figure(*pairs[order[i]%100], np.random.default_rng([seed, split, i]), size))
+            def draw(i):
+                rng = np.random.default_rng([seed, split, i])
+                _write_png(files[i], navon_figure(*pairs[order[i]%100], rng, size))
             _map_threads(draw, range(n))
-        write_text(tmp/'test_labels.csv', '\n'.join(['image_name,label', *(f'{f.stem},{c}' for f, c in zip(files, names))])+'\n')
+        rows = ['image_name,label', *(f'{f.stem},{c}' for f, c in zip(files, names))]
+        write_text(tmp/'test_labels.csv', '\n'.join(rows)+'\n')
     return Path(out)
 
 # %% ../../nbs/190_data.make.ipynb #9bce8bc8
@@ -206,7 +215,9 @@ def make_digits(
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-    except ImportError as e: raise ImportError("the digits come with scikit-learn, which is not installed: pip install mstoolkit[data]") from e
+    except ImportError as e:
+        raise ImportError("the digits come with scikit-learn, which is not installed: "
+                          "pip install mstoolkit[data]") from e
     d = load_digits()
     ims = np.rint(d.images*255/16).astype(np.uint8) # the scans count ink from 0 to 16
     with _whole_folder(out) as tmp:
@@ -216,22 +227,24 @@ def make_digits(
     return Path(out)
 
 # %% ../../nbs/190_data.make.ipynb #d6a0fb0e
-fashion_names = ['T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
-                 'Ankle boot'] # in the order of the published labels
+fashion_names = [ # in the order of the published labels
+    'T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 
 # %% ../../nbs/190_data.make.ipynb #4cfa3b08
 def _read_idx(path: Path) -> np.ndarray: # uint8, of the shape its header tells
     "Read a gzipped IDX file, the format of MNIST."
     b = gzip.decompress(path.read_bytes())
     shape = np.frombuffer(b[4:4+4*b[3]], '>i4') if b[:3] == b'\0\0\x08' else np.zeros(0, int)
-    if not len(shape) or len(b) != 4+4*len(shape)+shape.prod(): raise ValueError(f"{str(path)!r} is not an IDX file of bytes")
+    if not len(shape) or len(b) != 4+4*len(shape)+shape.prod():
+        raise ValueError(f"{str(path)!r} is not an IDX file of bytes")
     return np.frombuffer(b, np.uint8, offset=4+4*len(shape)).reshape(shape)
 
 def _fashion_arrays(source: Path|None) -> Iterator[tuple]: # split name, images, labels
     "Both splits, from the gzipped files in `source`, else through torchvision's download."
     if source:
         for name, stem in dict(train='train', test='t10k').items():
-            yield name, _read_idx(source/f'{stem}-images-idx3-ubyte.gz'), _read_idx(source/f'{stem}-labels-idx1-ubyte.gz')
+            ims, labels = (source/f'{stem}-{o}-ubyte.gz' for o in ('images-idx3', 'labels-idx1'))
+            yield name, _read_idx(ims), _read_idx(labels)
         return
     from tempfile import TemporaryDirectory
     from torchvision.datasets import FashionMNIST
@@ -259,7 +272,8 @@ def make_fashion_mnist(
     return Path(out)
 
 # %% ../../nbs/190_data.make.ipynb #51e93a92
-data_makers = {'navon': make_navon, 'digits': make_digits, 'fashion-mnist': make_fashion_mnist} # name -> function that writes it
+# name → function that writes it
+data_makers = {'navon': make_navon, 'digits': make_digits, 'fashion-mnist': make_fashion_mnist}
 
 def make_data(
     name: str, # one of `data_makers`

@@ -24,7 +24,7 @@ from ..recipe import PlainData, option
 
 # %% ../../nbs/160_data.sources.ipynb #96e91b1f
 class Table(Protocol):
-    "A pandas `DataFrame`, by what is asked of it: the command line reads its options off this module and should not wait for pandas."
+    "A pandas `DataFrame`, by what is asked of it: the command line reads this module, and does not wait for pandas."
     columns: list
     def to_csv(self, path=None, **kw) -> str: ...
 
@@ -32,13 +32,15 @@ class Table(Protocol):
 @dataclass(frozen=True, slots=True)
 class Sample:
     "An image file and its label."
-    path: Path
-    label: str
+    path: Path # the image
+    label: str # its class, as the data calls it
     group: str = '' # images of one group (a patient, a burst of photographs) stay on one side of every split
 
 # %% ../../nbs/160_data.sources.ipynb #1e505563
-split_names = {'train': 'train', 'training': 'train', 'val': 'valid', 'valid': 'valid', 'validation': 'valid', 'dev': 'valid',
-               'test': 'test', 'testing': 'test', 'eval': 'test', 'evaluation': 'test'} # what folders and rows of a split are called, in any case
+split_names = { # what folders and rows of a split are called, in any case
+    'train': 'train', 'training': 'train',
+    'val': 'valid', 'valid': 'valid', 'validation': 'valid', 'dev': 'valid',
+    'test': 'test', 'testing': 'test', 'eval': 'test', 'evaluation': 'test'}
 
 def split_of(
     name: str # of a folder, or a cell of a table
@@ -56,24 +58,28 @@ class DataSource(PlainData):
     noun: ClassVar[str] = 'data source field'
     path:str = _option('', str, "folder of images; relative paths of tables and lists start here", kw_only=False)
     train:str = _option('train', str, "training folder, or a list file such as train.txt")
-    valid:str = _option('val', str, "validation folder or list; val: any of the usual names; none: hold out training images")
-    valid_pct:float = _option(.2, float, "share of each class held out where there is no validation folder", above=0, hi=.9)
+    valid:str = _option('val', str,
+                        "validation folder or list; val: any of the usual names; none: hold out training images")
+    valid_pct:float = _option(.2, float, "share of each class held out where there is no validation folder",
+                              above=0, hi=.9)
     csv:str = _option('', str, "table instead of folders: columns path, label, perhaps split")
     group:str = _option('', str, "column of the table: images of one group stay on one side of the split")
-    folds:int = _option(0, int, "cross-validation: so many folds of the training images, of which one is held out", lo=0)
+    folds:int = _option(0, int, "cross-validation: so many folds of the training images, of which one is held out",
+                        lo=0)
     fold:int = _option(0, int, "which fold is held out, from 0", lo=0)
     classes:str|tuple = _option('', list, "file that lists the class names in the order of the outputs")
-    on_bad:str = _option('error', str, "unreadable images: error (name the first and stop) or skip (name them all and go on)",
+    on_bad:str = _option('error', str,
+                         "unreadable images: error (name the first and stop) or skip (name them all and go on)",
                          choices=('error', 'skip'))
     cache:bool = _option(False, bool, "shrink the images once and keep them")
     cache_in:str = _option('', str, "folder for the shrunk images; .cache in the data folder")
 
     def __post_init__(self):
-        "Check every field and what they say together. `None` stands for a field's default, and a DataFrame may stand for a table."
+        "Check every field and what they say together; `None` stands for a default, a DataFrame for a table."
         for f in fields(self):
             v = getattr(self, f.name)
-            v = ('none' if f.name == 'valid' else f.default) if v is None else os.fspath(v) if isinstance(v, os.PathLike) else v
-            object.__setattr__(self, f.name, v)
+            if v is None: v = 'none' if f.name == 'valid' else f.default
+            object.__setattr__(self, f.name, os.fspath(v) if isinstance(v, os.PathLike) else v)
         table = self.csv
         if self.in_memory: object.__setattr__(self, 'csv', '')
         super().__post_init__()
@@ -81,19 +87,25 @@ class DataSource(PlainData):
         self._check_together()
 
     @property
-    def in_memory(self) -> bool: return hasattr(self.csv, 'columns') # whether the table is a DataFrame
+    def in_memory(self) -> bool: # whether `csv` is one
+        "Whether the table is a DataFrame, which no file holds yet."
+        return hasattr(self.csv, 'columns')
 
     def _check_together(self):
         "Refuse what contradicts itself, and choices that would have no effect."
         if not self.path: raise ValueError("a data source needs the folder that the images are in")
         if self.in_memory or self.csv:
-            if self.train != 'train': raise ValueError(f"train={self.train!r} names a folder or list, and csv a table: give one of them")
+            if self.train != 'train':
+                raise ValueError(f"train={self.train!r} names a folder or list, and csv a table: give one of them")
             if self.valid not in ('val', 'none'):
-                raise ValueError(f"valid={self.valid!r} names a folder or list, and csv a table: mark the rows in a column 'split'")
+                raise ValueError(f"valid={self.valid!r} names a folder or list, and csv a table: "
+                                 "mark the rows in a column 'split'")
         elif self.group: raise ValueError(f"group={self.group!r} is a column of a table: give csv too")
-        if self.fold and not self.folds: raise ValueError(f"fold={self.fold} says which of the folds is held out: give folds too")
+        if self.fold and not self.folds:
+            raise ValueError(f"fold={self.fold} says which of the folds is held out: give folds too")
         if self.folds and self.valid not in ('val', 'none'):
-            raise ValueError(f"folds={self.folds} holds out training images, and valid={self.valid!r} others: give one of them")
+            raise ValueError(f"folds={self.folds} holds out training images, and valid={self.valid!r} others: "
+                             "give one of them")
         if isinstance(self.classes, tuple) and (odd := [o for o in self.classes if o != o.strip() or not o]):
             raise ValueError(f"class name {odd[0]!r} begins or ends with a space, or is empty")
         if self.cache_in and not self.cache: object.__setattr__(self, 'cache', True)
@@ -101,14 +113,15 @@ class DataSource(PlainData):
     def resolved(self) -> 'DataSource': # the same source from any working directory
         "The source with absolute paths."
         here = {k: str(f.resolve()) for k in ('csv', 'classes', 'train', 'valid') if (f := self.file(k))}
-        lists = {k: v for k, v in here.items() if k not in ('train', 'valid') or not (Path(self.path)/getattr(self, k)).exists()}
-        more = dict(cache_in=str(Path(self.cache_in).resolve())) if self.cache_in else {}
-        return replace(self, path=str(Path(self.path).resolve()), **lists, **more)
+        for k in ('train', 'valid'): # a list in the data folder moves with it
+            if (Path(self.path)/getattr(self, k)).exists(): here.pop(k, None)
+        if self.cache_in: here['cache_in'] = str(Path(self.cache_in).resolve())
+        return replace(self, path=str(Path(self.path).resolve()), **here)
 
     def file(self,
         field: str # 'csv', 'classes', 'train' or 'valid'
     ) -> Path|None: # `None`: it names no file that is there
-        "The file that a field names: lists are looked for in the data folder first, a table and a class list here first."
+        "The file that a field names: lists are sought in the data folder first, tables and class lists here first."
         name = getattr(self, field)
         if not isinstance(name, str) or not name or name == 'none': return None
         places = [Path(self.path)/name, Path(name)]
@@ -117,22 +130,24 @@ class DataSource(PlainData):
 
     def options(self) -> list: # words of a command line; `path` is its argument
         "The options of the command line that make this from the defaults."
-        if self.in_memory or isinstance(self.classes, tuple): raise ValueError("what is in memory has no option: write it to files with `kept_in`")
+        if self.in_memory or isinstance(self.classes, tuple):
+            raise ValueError("what is in memory has no option: write it to files with `kept_in`")
         return super().options()
 
     def kept_in(self,
         folder: str|Path # a run folder, or a study's
     ) -> 'DataSource': # the same source, absolute, all of it in files
-        "Write what is in memory, a table or a list of class names, to files in `folder`: `data.toml` can then say it all."
+        "Write what is in memory, a table or class names, to files in `folder`: `data.toml` can then say it all."
         here, folder = {}, Path(folder).resolve()
         if self.in_memory: here['csv'] = str(write_text(folder/'data.csv', self.csv.to_csv(index=False)))
-        if isinstance(self.classes, tuple): here['classes'] = str(write_text(folder/'classes.txt', '\n'.join(self.classes)+'\n'))
+        if isinstance(self.classes, tuple):
+            here['classes'] = str(write_text(folder/'classes.txt', '\n'.join(self.classes)+'\n'))
         return replace(self, **here).resolved()
 
 def data_source(
     data: str|Path|DataSource, # the data folder, the `data.toml` of a run folder, or a source
     **changes # fields of `DataSource` to change
-) -> DataSource:
+) -> DataSource: # with these changes
     "The source that `data` names."
     if isinstance(data, DataSource): return replace(data, **changes) if changes else data
     if Path(data).suffix == '.toml' and Path(data).is_file(): return data_source(DataSource.load(data), **changes)
@@ -144,7 +159,8 @@ def class_folders(
     skip: Iterable[str] = () # names of folders that are no classes
 ) -> list[Path]: # in natural order
     "The class folders in a folder; hidden ones are passed over."
-    return sorted((o for o in Path(folder).iterdir() if o.is_dir() and not o.name.startswith('.') and o.name not in skip), key=natural_key)
+    dirs = [o for o in Path(folder).iterdir() if o.is_dir() and not o.name.startswith('.') and o.name not in skip]
+    return sorted(dirs, key=natural_key)
 
 def images_in(
     folder: str|Path # a class folder
@@ -164,14 +180,15 @@ def folder_samples(
     folder, dirs = Path(folder), class_folders(folder, skip)
     if not dirs:
         image_files(folder) # says that there is nothing, when there is nothing
-        raise ValueError(f"{str(folder)!r} has images and no class folders: put each class in a folder of its own, or give csv=")
+        raise ValueError(f"{str(folder)!r} has images and no class folders: put each class in a folder of its own, "
+                         "or give csv=")
     found = {o: images_in(o) for o in dirs}
     empty = [o.name for o, files in found.items() if not files]
     if len(empty) == len(dirs):
         raise ValueError(f"there are no images in {str(folder)!r} (endings: {' '.join(sorted(image_suffixes))})")
     if empty:
-        raise ValueError(f"class folder{'s'*(len(empty) > 1)} without images in {str(folder)!r}: {', '.join(map(repr, empty))}; "
-                         "fill or remove")
+        raise ValueError(f"class folder{'s'*(len(empty) > 1)} without images in {str(folder)!r}: "
+                         f"{', '.join(map(repr, empty))}; fill or remove")
     return [Sample(f, o.name) for o, files in found.items() for f in files]
 
 # %% ../../nbs/160_data.sources.ipynb #fc3f276c
@@ -180,8 +197,8 @@ def _valid_samples(folder: Path, train_root: Path) -> list[Sample]:
     from mstoolkit.data.image import image_files
     classes, dirs = {o.name for o in train_root.iterdir()}, class_folders(folder)
     if extra := [o.name for o in dirs if o.name not in classes]:
-        raise ValueError(f"not in {str(train_root)!r}, so the model could not learn it: class {', '.join(map(repr, extra))} "
-                         f"of {str(folder)!r}")
+        raise ValueError(f"not in {str(train_root)!r}, so the model could not learn it: "
+                         f"class {', '.join(map(repr, extra))} of {str(folder)!r}")
     image_files(folder) # says so when there is nothing at all
     return [Sample(f, o.name) for o in dirs for f in images_in(o)]
 
@@ -193,28 +210,32 @@ def split_folder(
     "Find the folder of a split; two of them are an error, since one would be passed over."
     found = [o for o in class_folders(path) if split_of(o.name) == split]
     if len(found) > 1:
-        raise ValueError(f"{' and '.join(repr(o.name) for o in found)} in {str(path)!r} are both names of a {split} folder: "
-                         f"name the one that is meant")
+        raise ValueError(f"{' and '.join(repr(o.name) for o in found)} in {str(path)!r} are both names of "
+                         f"a {split} folder: name the one that is meant")
     return found[0] if found else None
 
 def split_folders(
     path: str|Path, # holds the training folder and, if you like, the validation folder
     train: str = 'train', # the training folder; without one of the usual names, `path` itself is that folder
-    valid: str = 'val' # the validation folder; 'val': any of the usual names (`split_names`), 'none': do not look for one
-) -> tuple[list[Sample], list[Sample]]: # training and validation samples; the latter is empty where there is no such folder
+    valid: str = 'val' # the validation folder; 'val': any of the usual names (`split_names`), 'none': look for none
+) -> tuple[list[Sample], list[Sample]]: # training and validation samples; the latter is empty without such a folder
     "The samples of a data folder."
     path = Path(path)
     root = path/train if (path/train).is_dir() else split_folder(path, 'train') if train == 'train' else None
-    held = None if valid == 'none' else path/valid if (path/valid).is_dir() else split_folder(path, 'valid') if valid == 'val' else None
-    if not held and valid not in ('val', 'none'): raise FileNotFoundError(f"there is no validation folder or list {str(path/valid)!r}")
-    if not root and (train != 'train' or held): raise FileNotFoundError(f"there is no training folder or list {str(path/train)!r}")
+    if valid == 'none': held = None
+    else: held = path/valid if (path/valid).is_dir() else split_folder(path, 'valid') if valid == 'val' else None
+    if not held and valid not in ('val', 'none'):
+        raise FileNotFoundError(f"there is no validation folder or list {str(path/valid)!r}")
+    if not root and (train != 'train' or held):
+        raise FileNotFoundError(f"there is no training folder or list {str(path/train)!r}")
     if root: return folder_samples(root), _valid_samples(held, root) if held else []
     return folder_samples(path, [o.name for o in class_folders(path) if split_of(o.name)]), []
 
 # %% ../../nbs/160_data.sources.ipynb #f16e0207
 def _read_text(file: str|Path) -> str:
     try: return Path(file).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f"{str(file)!r} is not UTF-8: save it as such (a spreadsheet calls it CSV UTF-8)") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{str(file)!r} is not UTF-8: save it as such (a spreadsheet calls it CSV UTF-8)") from e
 
 def _read_table(table: str|Path|Table) -> Table:
     "Any of the forms of a table, all cells as text."
@@ -231,7 +252,8 @@ def _read_table(table: str|Path|Table) -> Table:
         sep = '\t' if table.suffix == '.tsv' else ';' if ';' in head and ',' not in head else ','
         return pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, na_values=[''], sep=sep)
     except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
-    except (ValueError, OSError) as e: raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
 
 def _check_files(samples: list[Sample], what: str):
     "Files must be there, and have one label."
@@ -240,7 +262,8 @@ def _check_files(samples: list[Sample], what: str):
         if labels.setdefault(s.path, s.label) != s.label:
             raise ValueError(f"{what} gives {str(s.path)!r} two labels, {labels[s.path]!r} and {s.label!r}: keep one")
     if gone := [s.path for s in samples if not os.path.isfile(s.path)]:
-        raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}; `mstoolkit check` lists all")
+        raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}; "
+                                "`mstoolkit check` lists all")
 
 # %% ../../nbs/160_data.sources.ipynb #e2abe6c0
 def table_samples(
@@ -252,9 +275,12 @@ def table_samples(
     "The images and labels that a table lists; rows of the test split are left out."
     df, need = _read_table(table), ['path', 'label', *([group] if group else [])]
     if missing := [c for c in need if c not in df]:
-        raise ValueError(f"the table has no column {' and no '.join(map(repr, missing))}; it has {[str(c) for c in df]}")
-    if n := int(df[need].isna().any(axis=1).sum()): raise ValueError(f"{counted(n, 'row')} of the table with no {' or no '.join(need)}")
-    split = [split_of(o) or choice(str(o), split_names, 'split') for o in df['split']] if 'split' in df else ['train']*len(df)
+        has = [str(c) for c in df]
+        raise ValueError(f"the table has no column {' and no '.join(map(repr, missing))}; it has {has}")
+    if n := int(df[need].isna().any(axis=1).sum()):
+        raise ValueError(f"{counted(n, 'row')} of the table with no {' or no '.join(need)}")
+    split = ['train']*len(df)
+    if 'split' in df: split = [split_of(o) or choice(str(o), split_names, 'split') for o in df['split']]
     groups = df[group].astype(str) if group else ['']*len(df)
     samples = [Sample(Path(root)/str(p), str(l), g) for p, l, g in zip(df['path'], df['label'], groups)]
     out = tuple([s for s, o in zip(samples, split) if o == name] for name in ('train', 'valid'))
@@ -264,45 +290,50 @@ def table_samples(
 # %% ../../nbs/160_data.sources.ipynb #ba56cb0d
 def list_samples(
     file: str|Path, # a line an image: path, label, and whatever follows is ignored
-    root: str|Path, # what relative paths are relative to
-) -> list[Sample]:
+    root: str|Path # what relative paths are relative to
+) -> list[Sample]: # in the order of the lines
     "The images and labels of a `train.txt`-style list; empty lines and lines that begin with # are passed over."
     samples = []
     for i, line in enumerate(_read_text(file).splitlines(), 1):
         if not line.strip() or line.startswith('#'): continue
         sep = next((s for s in ',\t' if s in line), None)
-        fields = [o.strip() for o in (next(csv_lines.reader([line], delimiter=sep)) if sep else line.rsplit(None, 1))]
-        if len(fields) < 2 or not all(fields[:2]): raise ValueError(f"{file}, line {i}: expected a path and a label, found {line!r}")
-        samples.append(Sample(Path(root)/fields[0], fields[1]))
+        parts = next(csv_lines.reader([line], delimiter=sep)) if sep else line.rsplit(None, 1)
+        path, label = [o.strip() for o in (*parts, '')][:2]
+        if not path or not label: raise ValueError(f"{file}, line {i}: expected a path and a label, found {line!r}")
+        samples.append(Sample(Path(root)/path, label))
     if not samples: raise ValueError(f"{str(file)!r} lists no images")
     return samples
 
 # %% ../../nbs/160_data.sources.ipynb #a3760e25
-def _listed(source: DataSource) -> tuple[list[Sample], list[Sample], str]: # training and validation samples; what lists them
-    "The samples of a source that has a list file for its training images."
-    if source.valid == 'val': source = replace(source, valid=next((o for o in _lists(source.path) if split_of(o.stem) == 'valid'), None))
+def _listed(
+    source: DataSource # has a list file for its training images
+) -> tuple[list[Sample], list[Sample], str]: # training and validation samples; what lists them
+    "The samples that list files name."
+    if source.valid == 'val':
+        lists = sorted(Path(source.path).glob('*.txt')) # val.txt, valid.txt …
+        source = replace(source, valid=next((o for o in lists if split_of(o.stem) == 'valid'), None))
     valid = source.file('valid')
     if source.valid != 'none' and not valid:
         raise FileNotFoundError(f"there is no list {source.valid!r} in {source.path!r}, to go with {source.train!r}")
     what = ' and '.join(o for o in (source.train, source.valid) if o != 'none')
     return list_samples(source.file('train'), source.path), list_samples(valid, source.path) if valid else [], what
 
-def _lists(path: str) -> list[Path]: return sorted(Path(path).glob('*.txt')) # val.txt, valid.txt …
-
 def source_samples(
     source: DataSource|str|Path, # the data
-    strict: bool = True # files that are not there, have two labels or are in both splits are an error; `check` reports them instead
+    strict: bool = True # files not there, with two labels or in both splits are an error; `check` reports them instead
 ) -> tuple[list[Sample], list[Sample]]: # training and validation samples; the latter may be empty
     "The samples of a data source, whichever way it names them; no image may be in both lists."
     source = data_source(source)
     path, valid = Path(source.path), 'none' if source.folds else source.valid
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
     if source.in_memory or source.csv:
-        (tr, va), what = table_samples(source.csv if source.in_memory else source.file('csv') or source.csv, path, group=source.group), 'the table'
+        table = source.csv if source.in_memory else source.file('csv') or source.csv
+        (tr, va), what = table_samples(table, path, group=source.group), 'the table'
     elif source.file('train'): tr, va, what = _listed(replace(source, valid=valid))
     else:
         if Path(valid).suffix and source.file('valid'):
-            raise ValueError(f"valid={valid!r} is a list, and train={source.train!r} is not: give two lists, or two folders")
+            raise ValueError(f"valid={valid!r} is a list, and train={source.train!r} is not: "
+                             "give two lists, or two folders")
         return split_folders(path, source.train, valid)
     if not strict: return tr, va
     _check_files(tr+va, what)
@@ -313,7 +344,7 @@ def source_samples(
 
 # %% ../../nbs/160_data.sources.ipynb #f6e18731
 def read_classes(
-    file: str|Path # text: a class name a line, in order; or CSV with a header, whose first two columns are name and number
+    file: str|Path # text: a class name a line, in order; or CSV with a header, its first two columns name and number
 ) -> list[str]: # names in the order of the model's outputs
     "The names of classes, from a file."
     import pandas as pd
@@ -325,27 +356,42 @@ def read_classes(
         numbered = df.shape[1] > 1 and df.iloc[:, 1].str.fullmatch(r'\d+').all()
         if numbered: df = df.iloc[df.iloc[:, 1].astype(int).argsort(kind='stable')]
         names = [o.strip() for o in df.iloc[:, 0]]
-    if twice := [o for o, n in Counter(names).items() if n > 1]: raise ValueError(f"{file} names class {twice[0]!r} twice")
+    twice = [o for o, n in Counter(names).items() if n > 1]
+    if twice: raise ValueError(f"{file} names class {twice[0]!r} twice")
     return names
 
 # %% ../../nbs/160_data.sources.ipynb #3c77c030
+def _are_numbers(
+    labels: Iterable[str],
+    names: list[str] # of the classes
+) -> bool:
+    "Whether labels are numbers of classes, not names."
+    return not set(labels) <= set(names) and all(o.isdecimal() and int(o) < len(names) for o in labels)
+
+def _named(samples: list[Sample], names: list[str]) -> list[Sample]:
+    "Samples with class numbers turned into names; other labels stay."
+    is_number = lambda o: o.isdecimal() and int(o) < len(names)
+    return [replace(s, label=names[int(s.label)]) if is_number(s.label) else s for s in samples]
+
 def class_names(
-    train: list[Sample],
+    train: list[Sample], # training images, of two classes or more
     valid: list[Sample], # may lack classes, but may not have one that `train` lacks
-    classes: Iterable[str]|str|Path|None = None # names in the order of the outputs, or the file that lists them; natural order when not given
+    classes: Iterable[str]|str|Path|None = None # names in the outputs' order, or a file of them; else in natural order
 ) -> tuple[list[str], list[Sample], list[Sample]]: # names; both lists, with class numbers turned into names
     "Settle the class names and their order, and check both lists against them."
-    names = None if classes is None or classes == '' else read_classes(classes) if isinstance(classes, (str, Path)) else [str(o) for o in classes]
+    if classes is None or classes == '': names = None
+    else: names = read_classes(classes) if isinstance(classes, (str, Path)) else [str(o) for o in classes]
     found = {s.label for s in train}
-    if names and not found <= set(names) and all(o.isdecimal() and int(o) < len(names) for o in found): # numbers, not names
-        named = {s.label: names[int(s.label)] for s in train+valid if s.label.isdecimal() and int(s.label) < len(names)}
-        train, valid = ([replace(s, label=named.get(s.label, s.label)) for s in o] for o in (train, valid))
+    if names and _are_numbers(found, names):
+        train, valid = _named(train, names), _named(valid, names)
         found = {s.label for s in train}
-    if len(found) < 2: raise ValueError(f"there is only one class, {next(iter(found))!r}: a classifier needs two classes or more")
+    if len(found) < 2:
+        raise ValueError(f"there is only one class, {next(iter(found))!r}: a classifier needs two classes or more")
     if names and (extra := found - set(names)):
         raise ValueError(f"not in the class list: {', '.join(map(repr, sorted(extra, key=natural_key)))}")
     names = names or sorted(found, key=natural_key)
-    if bad := next((s for s in valid if s.label not in set(names)), None) if {s.label for s in valid} - set(names) else None:
+    known = set(names)
+    if bad := next((s for s in valid if s.label not in known), None):
         raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and not in the training set")
     return names, train, valid
 
@@ -364,13 +410,14 @@ def stratified_split(
     for own in by_class.values():
         n = min(max(1, round(valid_pct*len(own))), len(own)-1)
         out.update(own[i] for i in rng.permutation(len(own))[:n])
-    return [s for i, s in enumerate(samples) if i not in out], [s for i, s in enumerate(samples) if i in out]
+    return [s for i, s in enumerate(samples) if i not in out], [samples[i] for i in sorted(out)]
 
 # %% ../../nbs/160_data.sources.ipynb #b38af854
 def _deal(samples: list[Sample], folds: int, seed: int) -> list[int]: # fold of each sample
     "Deal the images of each class out over the folds, going on where the class before stopped."
     import numpy as np
-    rng, by_class, fold, at = np.random.default_rng(seed), defaultdict(list), np.zeros(len(samples), int), 0
+    rng, by_class = np.random.default_rng(seed), defaultdict(list)
+    fold, at = np.zeros(len(samples), int), 0
     for i, s in enumerate(samples): by_class[s.label].append(i)
     for own in by_class.values():
         fold[rng.permutation(own)] = (at + np.arange(len(own))) % folds
@@ -381,9 +428,11 @@ def _deal_groups(samples: list[Sample], folds: int, seed: int) -> list[int]: # f
     "Deal whole groups so that the classes stay even."
     import warnings
     from sklearn.model_selection import StratifiedGroupKFold
-    labels, groups, fold = [s.label for s in samples], [s.group or f'image {i}' for i, s in enumerate(samples)], [0]*len(samples)
-    if len(set(groups)) < folds: raise ValueError(f"{counted(len(set(groups)), 'group')} cannot be split into {folds} folds")
-    if max(Counter(labels).values()) < folds: labels = ['']*len(samples) # no class has an image for each fold: keep the sizes even
+    labels, groups = [s.label for s in samples], [s.group or f'image {i}' for i, s in enumerate(samples)]
+    fold, n = [0]*len(samples), len(set(groups))
+    if n < folds: raise ValueError(f"{counted(n, 'group')} cannot be split into {folds} folds")
+    # where no class has an image for each fold, keep the sizes even
+    if max(Counter(labels).values()) < folds: labels = ['']*len(samples)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of classes with fewer images than there are folds
         split = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(samples, labels, groups))
@@ -399,7 +448,8 @@ def fold_split(
     seed: int # the same seed deals the same folds
 ) -> tuple[list[Sample], list[Sample]]: # training, validation
     "Hold out one of `folds` stratified folds; over all of them each image is held out once. Groups stay together."
-    if folds < 2 or folds > len(samples): raise ValueError(f"{folds} folds of {len(samples)} images: give 2 to {len(samples)}")
+    if not 2 <= folds <= len(samples):
+        raise ValueError(f"{folds} folds of {len(samples)} images: give 2 to {len(samples)}")
     if not 0 <= fold < folds: raise ValueError(f"fold {fold} of {folds}: give 0 to {folds-1}")
     of = (_deal_groups if any(s.group for s in samples) else _deal)(samples, folds, seed)
     return [s for s, f in zip(samples, of) if f != fold], [s for s, f in zip(samples, of) if f == fold]

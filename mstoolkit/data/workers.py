@@ -26,14 +26,16 @@ _open = set() # all `Workers` that are not closed
 class _Work(torch.utils.data.Dataset):
     "Looks up a job by doing it: torch's loader hands on whatever its sampler yields."
     def __init__(self, do, slots): self.do, self.slots = do, slots
-    def __getstate__(self): return self.__dict__ | {'slots': []} # a process that is not forked inherits nothing: it sends its batches
+    # a process that is not forked inherits nothing: it sends its batches
+    def __getstate__(self): return self.__dict__ | {'slots': []}
 
     def __getitem__(self, job):
         i, args = job
         if not self.slots: return self.do(*args)
         out = self.slots[i%len(self.slots)]
         x, *rest = b = self.do(*args, out=out)
-        return (x.shape, *(t.numpy() for t in rest)) if x.data_ptr() == out.ctypes.data else b # an array is sent, a tensor would be shared
+        if x.data_ptr() != out.ctypes.data: return b
+        return x.shape, *(t.numpy() for t in rest) # an array is sent, a tensor would be shared
 
 def _shared_slots(n: int, size: int) -> list[np.ndarray]: # size in bytes
     "Memory that this process and those forked from it share."
@@ -44,41 +46,46 @@ def _shared_slots(n: int, size: int) -> list[np.ndarray]: # size in bytes
 def prepare_worker(
     i: int # its number; torch passes it
 ):
-    "Make a loader process fit for images: one thread, for the processes are the parallelism, and freed memory kept for the next picture."
-    cv2.setNumThreads(0)
+    "Make a loader process fit for images: one thread, and freed memory kept for the next picture."
+    cv2.setNumThreads(0) # the processes are the parallelism
     keep_freed_memory()
 
 class Workers:
     "Processes that work off one list of jobs after another, until they are closed."
     known = None # what they were started on, for their owner to compare
     def __init__(self,
-        do: Callable, # makes a batch from the parts of a job and `out`, flat uint8 memory for its first tensor, which it may use
+        # makes a batch from the parts of a job and `out`, flat uint8 memory for its first tensor, which it may use
+        do: Callable,
         n: int, # processes
         *,
         slot_size: int = 0, # of `out`, in bytes; 0: batches are sent, and `do` gets no `out`
-        pin_memory: bool = False, # hand over batches in memory that a GPU can fetch by itself; for batches that are sent
+        pin_memory: bool = False, # hand over batches that are sent in memory that a GPU can fetch by itself
         timeout: float = 0, # seconds to wait for a batch; 0: for ever
         seed: int = 0 # of the global random streams in the processes, no two of which are alike
     ):
         ahead = 2 # jobs a process is given in advance
         self.jobs, self.pid, self.busy = [], os.getpid(), False
-        self.slots = _shared_slots(ahead*n + 1, slot_size) if slot_size else [] # for all jobs under way, and the batch that is being read
+        # for all jobs under way, and the batch that is being read
+        self.slots = _shared_slots(ahead*n + 1, slot_size) if slot_size else []
         self.loader = torch.utils.data.DataLoader(
-            _Work(do, self.slots), batch_size=None, sampler=self.jobs, collate_fn=noop, generator=torch.Generator().manual_seed(seed), num_workers=n,
-            prefetch_factor=ahead, persistent_workers=True, worker_init_fn=prepare_worker, pin_memory=pin_memory, timeout=timeout)
+            _Work(do, self.slots), batch_size=None, sampler=self.jobs, collate_fn=noop,
+            num_workers=n, prefetch_factor=ahead, persistent_workers=True, worker_init_fn=prepare_worker,
+            generator=torch.Generator().manual_seed(seed), pin_memory=pin_memory, timeout=timeout)
         _open.add(self)
         atexit.register(self.close)
 
     def run(self,
         jobs: list[tuple] # the arguments of `do`, job by job; the next ones are begun before they are asked for
-    ) -> Iterator: # what `do` returns, in the order of `jobs`; as bare tensors if the first is in `out`, and then gone when the next is asked for
+    # what `do` returns, in the order of `jobs`; bare tensors if the first is in `out`, gone when the next is asked for
+    ) -> Iterator:
         "Do the jobs."
         self.jobs[:], self.busy = enumerate(jobs), True
         try:
             for i, b in enumerate(self.loader):
                 if isinstance(b[0], torch.Size):
                     shape, *rest = b
-                    b = tuple(map(torch.from_numpy, (self.slots[i%len(self.slots)][:shape.numel()].reshape(shape), *rest)))
+                    x = self.slots[i%len(self.slots)][:shape.numel()].reshape(shape)
+                    b = tuple(map(torch.from_numpy, (x, *rest)))
                 yield b
         finally: self.busy = False
 
