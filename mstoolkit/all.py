@@ -12,11 +12,11 @@ from fastai.vision.all import *
 
 from .core import *
 from .recipe import *
-from .data.sources import DataSource, data_source
+from .data.sources import DataSource, data_source, image_files
 from .data.augment import apply_tfms, augment_recipes, augment_tfms
 from .data.check import check_data
 from .data.core import *
-from .data.image import image_files, read_image
+from .data.image import read_image
 from .data.make import *
 from .models.backbone import *
 from .models.fusion import *

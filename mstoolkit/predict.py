@@ -18,7 +18,7 @@ from fastai.learner import Learner
 
 from .classifier import Classifier
 from .core import atomic_path, check_new, choice, counted, pick_device, track
-from .data.image import image_files
+from .data.sources import image_files
 
 # %% ../nbs/720_predict.ipynb #c94bfbcf
 def predict_probs(

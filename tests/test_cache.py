@@ -11,7 +11,8 @@ from PIL import Image
 
 from mstoolkit.data.cache import build_cache
 from mstoolkit.data.core import image_dls
-from mstoolkit.data.image import ImageError, image_files, read_image
+from mstoolkit.data.image import ImageError, read_image
+from mstoolkit.data.sources import image_files
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mstoolkit.data.check import check_data, findings_html, findings_text
 from mstoolkit.data.make import make_digits
-from mstoolkit.data.image import image_files
+from mstoolkit.data.sources import image_files
 
 from corpus import bad_files, write_corpus
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from mstoolkit.data.image import ImageError, bad_kinds, decode_image, image_files, image_header, pil_rgb, read_image, to_rgb
+from mstoolkit.data.image import ImageError, bad_kinds, decode_image, image_header, pil_rgb, read_image, to_rgb
+from mstoolkit.data.sources import image_files
 
 from corpus import RGB, bad_files, good_files, picture, save, write_corpus
 

@@ -22,9 +22,9 @@ import cv2
 import numpy as np
 from fastcore.meta import delegates
 from ..core import counted, natural_key, track
-from .image import ImageError, decode_image, image_header, image_suffixes, read_image
-from .sources import (DataSource, Sample, _are_numbers, class_folders, data_source, images_in, read_classes,
-                      source_samples, split_of)
+from .image import ImageError, decode_image, image_header, read_image
+from .sources import (DataSource, Sample, class_folders, data_source, image_suffixes, images_in, read_classes,
+                                    source_samples, split_of, are_numbers)
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ def _list_findings(entries: list[Entry], classes):
     "What a list of class names says otherwise than the images do."
     names = read_classes(classes) if isinstance(classes, Path) else list(classes)
     found = {e.label for e in entries if e.label}
-    if _are_numbers(found, names): extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
+    if are_numbers(found, names): extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
     else: extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
     if extra: yield Finding('error', 'unknown class', f"labels that are not in the class list: {_listing(extra)}")
     if unused: yield Finding('warning', 'missing class', f"classes of the list without an image: {_listing(unused)}")
