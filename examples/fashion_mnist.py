@@ -5,7 +5,8 @@
 
 The twelve epochs took 16.7 minutes on two cores (AMD EPYC, 2026-11-22) and gave a test accuracy of .9275.
 
-The test images are looked at after every epoch, to draw the curve; the accuracy reported is that of the last epoch, so no epoch is chosen by them.
+The test images are looked at after every epoch, to draw the curve; the accuracy reported is that of the last epoch,
+so no epoch is chosen by them.
 """
 import argparse
 from dataclasses import replace
@@ -15,8 +16,9 @@ from mstoolkit.data.make import make_data
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import train
 
-RECIPE = Recipe(name='fashion-mnist', backbone='test_resnet', head='gated', pretrained=False, size=56, augment='shift', epochs=12, bs=64, lr=4e-3,
-                wd=.05, opt='adamw', schedule='one-cycle', loss='smoothed', smoothing=.1, cutmix=0., plateau_patience=-1, stop_patience=0)
+RECIPE = Recipe(name='fashion-mnist', backbone='test_resnet', head='gated', pretrained=False, size=56, augment='shift',
+                epochs=12, bs=64, lr=4e-3, wd=.05, opt='adamw', schedule='one-cycle', loss='smoothed', smoothing=.1,
+                cutmix=0., plateau_patience=-1, stop_patience=0)
 
 
 def parse(args=None):

@@ -285,6 +285,12 @@ def test_more_mistakes(folder):
     with pytest.raises(ValueError, match="unknown value of data source field 'on_bad': 'ignore'"): image_dls(folder, on_bad='ignore')
 
 
+def test_nothing_to_predict_is_said_so(folder):
+    dls = image_dls(folder, size=16, device='cpu', num_workers=0)
+    with pytest.raises(ValueError, match='no images to predict'): dls.test_dl([])
+    assert len(dls.test_dl(dls.valid_ds.items[:3]).dataset) == 3
+
+
 @pytest.fixture
 def spoiled(folder, tmp_path):
     import shutil

@@ -135,3 +135,15 @@ def test_show_batch_and_results(learn):
     learn.fit(1)
     learn.show_results(max_n=4)
     plt.close('all')
+
+
+def test_loaders_of_torch_serve():
+    "Plain torch loaders inside fastai's `DataLoaders`: the size is that of a batch, the classes have to be counted for us."
+    from fastai.data.core import DataLoaders
+    from torch.utils.data import DataLoader
+    ds = [(torch.randn(3, 32, 32), i % 3) for i in range(12)]
+    dls = DataLoaders(DataLoader(ds, 4), DataLoader(ds, 4))
+    with pytest.raises(ValueError, match='give n_out='): fusion_learner(dls, 'test_resnet', pretrained=False)
+    learn = fusion_learner(dls, 'test_resnet', pretrained=False, n_out=3)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.run_history.rows[0]['accuracy'] is not None

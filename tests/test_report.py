@@ -216,3 +216,15 @@ def test_every_printed_command_is_understood_and_says_it_all(tmp_path, navon, so
 
 def test_a_command_with_a_flag_that_is_none_is_not_understood():
     with pytest.raises(Exception, match='No such option'): parsed(['train', 'data', '--colour-on-device'])
+
+
+@pytest.mark.parametrize('right', [True, False])
+def test_one_validation_image_has_a_page(tmp_path, navon, right):
+    run = fake_run(tmp_path/'r', navon, model=False)
+    df = pd.read_csv(run/'valid_predictions.csv', dtype=str).head(1)
+    df.assign(pred_label=df.label if right else 'X-of-X').to_csv(run/'valid_predictions.csv', index=False)
+    text = checked(write_report(run))
+    assert 'interval 0.0% to 100.0%' in text and '1 validation image cannot tell' in text
+    two = fake_run(tmp_path/'two', navon, model=False, head='plain', name='plain')
+    shutil.copy(run/'valid_predictions.csv', two/'valid_predictions.csv')
+    assert 'Comparison' in checked(write_report([run, two], tmp_path/'c.html'))
