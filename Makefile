@@ -10,7 +10,7 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sy
 
 export NO_ALBUMENTATIONS_UPDATE = 1
 
-.PHONY: help demo test test-slow test-cuda lint library notebooks readme clean
+.PHONY: help demo test test-slow test-cuda lint library notebooks readme docs docs-serve clean
 
 help:
 	@echo "make demo       train on the built-in figures, predict the test folder, draw the curves (in demo/)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make library    write mstoolkit/ and README.md from nbs/"
 	@echo "make notebooks  run the notebooks and keep their outputs"
+	@echo "make docs       build the documentation site (in _docs/); make docs-serve shows it and follows your edits"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mstoolkit needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
@@ -54,6 +55,13 @@ notebooks: $(STAMP)
 readme: $(STAMP)
 	@$(BIN)/jupyter-nbconvert --to markdown --stdout --log-level ERROR nbs/index.ipynb | sed 's#](images/#](nbs/images/#g' > README.md.tmp
 	@mv README.md.tmp README.md
+
+# needs Python 3.11 or newer
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
+
+docs-serve: $(STAMP)
+	$(BIN)/python docs/build.py --serve
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis

@@ -26,7 +26,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
-from fastcore.meta import delegates
 from matplotlib.figure import Figure
 
 from .core import atomic_path, check_new, choice, write_text
@@ -270,7 +269,6 @@ def _plan(jobs: list[Job], source: DataSource, n: int):
     print(f'{len(est)} of {len(jobs)} runs to do, about {sum(est.values())/60/n:.0f} min at the most')
 
 # %% ../nbs/740_ablation.ipynb #6d299792
-@delegates(DataSource, but=['path'])
 def run_study(
     study: Study|str|Path, # a study, the name of one, or a TOML file
     data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them

@@ -23,7 +23,6 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
-from fastcore.meta import delegates
 
 from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.checkpoint import Checkpoint
@@ -56,7 +55,6 @@ check_choices('balance', ['none', *balance_methods])
 check_choices('memory_format', ['auto', *formats])
 
 # %% ../nbs/710_train.ipynb #5db89c3c
-@delegates(DataSource, but=['path'])
 def recipe_dls(
     r: Recipe, # what to do
     data: str|Path|DataSource, # the folder of images, or all that a `DataSource` says of them
@@ -212,7 +210,6 @@ def _take_back(run: Path):
     for f in ('data.csv', 'classes.txt'): (run/f).unlink(missing_ok=True)
 
 # %% ../nbs/710_train.ipynb #e0d0c19f
-@delegates(DataSource, but=['path'])
 def train(
     recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
     data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from fastcore.meta import delegates
 from ..core import counted, natural_key, track
 from .image import ImageError, decode_image, image_header, read_image
 from .sources import (DataSource, Sample, class_folders, data_source, image_suffixes, images_in, read_classes,
@@ -372,7 +371,6 @@ def _counts(entries: list[Entry]) -> dict:
     return {s: {k: c[k] for k in sorted(c, key=natural_key)} for s, c in n.items()}
 
 # %% ../../nbs/180_data.check.ipynb #61f8a9be
-@delegates(DataSource, but=['path'])
 def check_data(
     data: str|Path|DataSource, # the data folder, or all that a `DataSource` says of it
     *,

@@ -28,7 +28,6 @@ from fastai.data.transforms import Categorize, Normalize
 from fastai.torch_core import TensorCategory, default_device, to_device
 from fastai.vision.core import TensorImage
 from fastcore.basics import chunked
-from fastcore.meta import delegates
 from fasttransform import DisplayedTransform, Transform
 from PIL import Image
 from .augment import apply_tfms, augment_tfms, split_colour
@@ -310,7 +309,6 @@ def _drop_bad(tr: list[Sample], va: list[Sample]) -> tuple[list[Sample], list[Sa
     return tr, va, bad
 
 # %% ../../nbs/170_data.core.ipynb #3de71838
-@delegates(DataSource, but=['path'])
 def image_dls(
     path: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
     *,
