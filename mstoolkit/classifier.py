@@ -43,59 +43,66 @@ class ModelHeader:
     std: tuple # per channel
     metrics: dict = field(default_factory=dict) # of the best epoch, by name
     versions: dict = field(default_factory=library_versions) # that wrote the file
-    format: int = FORMAT
+    format: int = FORMAT # of the file, raised when an older version would misread it
 
     def __post_init__(self):
         "Refuse a header that could not be used, or would be used wrongly."
-        kinds = dict(config=dict, classes=list, size=int, mean=(list, tuple), std=(list, tuple), metrics=dict, versions=dict, format=int)
+        kinds = dict(config=dict, classes=list, size=int, mean=(list, tuple), std=(list, tuple),
+                     metrics=dict, versions=dict, format=int)
         for k, kind in kinds.items():
             if not isinstance(getattr(self, k), kind): raise ValueError(f"its {k} is {getattr(self, k)!r}")
         for k in ('mean', 'std'):
             v = getattr(self, k)
-            if len(v) != self.config.get('in_chans', 3) or not all(isinstance(o, (int, float)) for o in v): raise ValueError(f"its {k} is {v!r}")
-        if len(self.classes) != self.config.get('n_out'):
-            raise ValueError(f"it names {len(self.classes)} classes, and its network has {self.config.get('n_out')} outputs")
+            numbers = all(isinstance(o, (int, float)) for o in v)
+            if not numbers or len(v) != self.config.get('in_chans', 3): raise ValueError(f"its {k} is {v!r}")
+        n_out = self.config.get('n_out')
+        if len(self.classes) != n_out:
+            raise ValueError(f"it names {len(self.classes)} classes, and its network has {n_out} outputs")
 
 # %% ../nbs/620_classifier.ipynb #ee6c7275
 @dataclass(frozen=True)
 class Classifier:
     "A trained network with its header: all it takes to classify an image."
     model: nn.Module # from `multiscale_model`
-    header: ModelHeader
+    header: ModelHeader # what goes with it into the file
 
     @classmethod
     def from_learner(cls,
         learn: Learner, # from `fusion_learner` on `image_dls`
-        metrics: dict|None = None # to keep in the header
-    ):
+        metrics: dict|None = None # name → value, to keep in the header
+    ) -> 'Classifier': # of the network as it stands
         "The classifier a learner has trained; the network is shared, not copied."
         mean, std = get_stats(learn.dls)
-        return cls(learn.model, ModelHeader(config=learn.model.config, classes=[str(o) for o in learn.dls.vocab], size=input_size(learn.dls),
-                                       mean=tuple(mean), std=tuple(std), metrics=metrics or {}))
+        header = ModelHeader(config=learn.model.config, classes=[str(o) for o in learn.dls.vocab],
+                             size=input_size(learn.dls), mean=tuple(mean), std=tuple(std), metrics=metrics or {})
+        return cls(learn.model, header)
 
     def save(self,
         path: str|Path # the file to write; its name usually ends in .safetensors
-    ) -> Path:
+    ) -> Path: # the file written
         "Write the model file, whole or not at all."
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.model.state_dict().items()}
-        with atomic_path(path) as tmp: save_file(state, str(tmp), metadata={'mstoolkit': json.dumps(asdict(self.header))})
+        meta = {'mstoolkit': json.dumps(asdict(self.header))}
+        with atomic_path(path) as tmp: save_file(state, str(tmp), metadata=meta)
         return Path(path)
 
     @classmethod
     def load(cls,
         path: str|Path, # a model file, or a run folder that holds `model.safetensors`
         device: str|torch.device = 'cpu' # where to put the network
-    ):
+    ) -> 'Classifier': # in evaluation mode
         "Load a model file, or a checkpoint of Report A; nothing in it is ever executed."
         file = _model_file(path)
         if file.suffix in ('.pt', '.pth'): return cls.from_report_a(file, device=device)
         header = read_header(file)
         with safe_open(file, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
         try: model = multiscale_model(**header.config, pretrained=False)
-        except (TypeError, ValueError) as e: raise ValueError(f"{str(file)!r} names a network that cannot be made: {e}") from e
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{str(file)!r} names a network that cannot be made: {e}") from e
         try: model.load_state_dict(state)
-        except RuntimeError as e: raise ValueError(f"{path}: the tensors do not fit the network that the header names ({header.config['backbone']}): "
-                                                   f"{str(e).splitlines()[-1].strip()}") from e
+        except RuntimeError as e:
+            raise ValueError(f"{path}: the tensors do not fit the network that the header names "
+                             f"({header.config['backbone']}): {str(e).splitlines()[-1].strip()}") from e
         return cls(model.to(device).eval(), header)
 
     def batches(self,
@@ -103,8 +110,8 @@ class Classifier:
         *,
         bs: int = 64, # images in a batch
         num_workers: int|None = None # loader processes; chosen by machine and data
-    ) -> Iterator[tuple]: # uint8 images, the same normalised and on the network's device, their files, unreadable file → reason
-        "Image files as the network takes them; what cannot be read is returned by name."
+    ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
+        "Image files, normalised and on the network's device; what cannot be read is returned by name."
         norm, device = NormalizeUint8(self.header.mean, self.header.std), next(self.model.parameters()).device
         for x, good, bad in image_loader(files, self.header.size, bs=bs, num_workers=num_workers):
             yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
@@ -114,16 +121,17 @@ class Classifier:
         path: str|Path, # a .pt or .pth file: the `state_dict` that a script of Report A saved
         *,
         backbone: str = 'resnest101e', # what it was made from; the file does not say
-        classes: list|None = None, # names in the order of the outputs; '0', '1', '2' … as the report's folders are called when not given
-        size: int = 224, # side of the images it was trained on
+        classes: list|None = None, # names in the order of the outputs; by default '0', '1', '2' …, the report's folders
+        size: int = 224, # side of the images it was trained on, in pixels
         device: str|torch.device = 'cpu' # where to put the network
-    ):
+    ) -> 'Classifier': # in evaluation mode
         "Load a checkpoint of Report A; its head is recognised by its keys."
         model = load_report_a(path, backbone)
         n = model.config['n_out']
         classes = [str(i) for i in range(n)] if classes is None else [str(o) for o in classes]
         if len(classes) != n: raise ValueError(f"{path} has {n} outputs and {len(classes)} class names were given")
-        return cls(model.to(device), ModelHeader(config=model.config, classes=classes, size=size, mean=model[0].mean, std=model[0].std))
+        header = ModelHeader(config=model.config, classes=classes, size=size, mean=model[0].mean, std=model[0].std)
+        return cls(model.to(device), header)
 
 # %% ../nbs/620_classifier.ipynb #7f14930d
 def _model_file(path) -> Path:
@@ -136,20 +144,23 @@ def _model_file(path) -> Path:
 # %% ../nbs/620_classifier.ipynb #5da4efce
 def read_header(
     path: str|Path # a model file, or a run folder that holds `model.safetensors`
-) -> ModelHeader:
+) -> ModelHeader: # checked: a damaged one is an error that names the file
     "Read what a model file says of itself, without loading its tensors."
     file = _model_file(path)
     try:
         with safe_open(file, 'pt') as f: meta = (f.metadata() or {}).get('mstoolkit')
     except SafetensorError as e: raise ValueError(f"{str(file)!r} is not a model file (safetensors): {e}") from e
-    if meta is None: raise ValueError(f"{str(file)!r} is a safetensors file without an mstoolkit header: it names neither network nor classes; "
-                                        "`mstoolkit convert` gives one to a checkpoint of Report A")
+    if meta is None:
+        raise ValueError(f"{str(file)!r} is a safetensors file without an mstoolkit header: it names neither network "
+                         "nor classes; `mstoolkit convert` gives one to a checkpoint of Report A")
     try:
         d = json.loads(meta)
         newer = d['format'] > FORMAT
         if not newer: return ModelHeader(**d)
-    except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
-    raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: update mstoolkit")
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
+    raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: "
+                     "update mstoolkit")
 
 # %% ../nbs/620_classifier.ipynb #c9b00ef6
 class KeepModel(KeepBest):
