@@ -51,6 +51,16 @@ def _image_names(files: list[Path], folder: Path) -> list[str]:
         seen[n] = f
     return names
 
+# %% ../nbs/720_predict.ipynb #fc93fac9
+def _report_bad(bad: dict, n: int, on_bad: str):
+    "Name the unreadable images, and stop unless told to go on."
+    text, whys = f"{len(bad)} of {counted(n, 'image')} cannot be read", list(bad.values())
+    if on_bad == 'error' or len(bad) == n:
+        some = '; '.join(whys[:3]) + (f'; … and {len(whys)-3} more' if len(whys) > 3 else '')
+        skip = "; or leave their rows out, and see them all named, with on_bad='skip' (--on-bad skip)"
+        raise ValueError(f"{text}: {some}. Mend or remove them{'' if len(bad) == n else skip}")
+    print('\n'.join([f'warning: {text}; their rows are left out:', *(f'  {o}' for o in whys)]), file=sys.stderr)
+
 # %% ../nbs/720_predict.ipynb #af1eb13d
 def predict_folder(
     model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
@@ -82,16 +92,6 @@ def predict_folder(
     if top_k > 1:
         for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = labels[k], p[:, k]
     return df
-
-# %% ../nbs/720_predict.ipynb #fc93fac9
-def _report_bad(bad: dict, n: int, on_bad: str):
-    "Name the unreadable images, and stop unless told to go on."
-    text, whys = f"{len(bad)} of {counted(n, 'image')} cannot be read", list(bad.values())
-    if on_bad == 'error' or len(bad) == n:
-        some = '; '.join(whys[:3]) + (f'; … and {len(whys)-3} more' if len(whys) > 3 else '')
-        skip = "; or leave their rows out, and see them all named, with on_bad='skip' (--on-bad skip)"
-        raise ValueError(f"{text}: {some}. Mend or remove them{'' if len(bad) == n else skip}")
-    print('\n'.join([f'warning: {text}; their rows are left out:', *(f'  {o}' for o in whys)]), file=sys.stderr)
 
 # %% ../nbs/720_predict.ipynb #c63f76b2
 def write_predictions(
