@@ -33,7 +33,8 @@ from .callback.schedule import fit_warm_restarts
 from .callback.speed import MemoryFormat, formats
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import KeepModel
-from .core import atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything, write_text
+from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
+                            write_text)
 from .data.check import check_samples
 from .data.core import image_dls
 from .data.sources import DataSource, data_source

@@ -26,7 +26,8 @@ from torch import nn
 
 from ..core import choice
 from .interpret import palette
-from ..models.fusion import FusionHead, GatedHead, MultiScaleModel, PlainHead, PyramidHead, pool_like, pool_weights
+from ..models.fusion import (FusionHead, GatedHead, MultiScaleModel, PlainHead, PyramidHead, pool_like,
+                                     pool_weights)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #7141aa0e
 def _plain_vectors(head: PlainHead, pooled: list, w: torch.Tensor) -> list: return [w]
