@@ -43,7 +43,7 @@ def option(
     hi: float|None = None, # largest value
     above: float|None = None, # every value is larger than this
     choices: tuple|None = None, # the values there are
-    **field_kw # further arguments of `dataclasses.field`
+    **field_kw: Any # further arguments of `dataclasses.field`
 ) -> Any: # what stands behind the `=` of the field
     "A field of a `PlainData`."
     meta = dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices)

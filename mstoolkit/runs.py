@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,7 @@ def library_versions() -> dict: # name → version
             **{n: version(n) for n in ('torch', 'torchvision', 'fastai', 'timm', 'albumentations')}}
 
 def environment(
-    **facts # what only the caller knows: device, threads, the data
+    **facts: Any # what only the caller knows: device, threads, the data
 ) -> dict: # plain values, ready for JSON
     "What a run folder keeps of its surroundings."
     return dict(versions=library_versions(), platform=platform.platform(), command=sys.argv,

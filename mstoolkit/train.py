@@ -15,6 +15,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastai.callback.fp16 import MixedPrecision
@@ -61,7 +62,7 @@ check_choices('memory_format', ['auto', *formats])
 def recipe_dls(
     r: Recipe, # what to do
     data: str|Path|DataSource, # the folder of images, or all that a `DataSource` says of them
-    **source # fields of `DataSource`
+    **source: Any # fields of `DataSource`
 ) -> DataLoaders: # training and validation images, on the recipe's device
     "The data that recipe `r` trains on."
     workers = None if r.num_workers < 0 else r.num_workers
@@ -234,7 +235,7 @@ def train(
     out: str|Path|None = None, # the run folder to make; runs/NAME, or the next free runs/NAME-2 … when not given
     *,
     cbs: list|None = None, # further callbacks
-    **source # fields of `DataSource`: train, valid, csv …
+    **source: Any # fields of `DataSource`: train, valid, csv …
 ) -> Learner: # the trained learner with its best weights; its `path` is the run folder
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     r, source = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), data_source(data, **source)
