@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Optional
@@ -25,15 +26,16 @@ from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
 # %% ../nbs/810_cli.ipynb #c64b4d86
-app = typer.Typer(help="Train multi-scale image classifiers: from a folder of images to a model, a submission CSV and curves.", no_args_is_help=True,
-                  add_completion=False, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']})
+app = typer.Typer(
+    help="Train multi-scale image classifiers: from a folder of images to a model, a submission CSV and curves.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={'help_option_names': ['-h', '--help']})
 
 # %% ../nbs/810_cli.ipynb #fdc58a3c
 _types = {str: str, int: int, float: float, bool: bool, tuple: str, list: str}
 
-def _range(v: str|None) -> float|tuple|None:
+def _range(v: str) -> float|tuple:
     "Parse `'1'` or `'0.8,1.2'`."
-    if v is None: return None
     try: parts = tuple(float(o) for o in v.split(','))
     except ValueError: parts = ()
     if not 1 <= len(parts) <= 2: raise ValueError(f"{v!r} is neither a number nor a range such as 0.8,1.2")
@@ -52,7 +54,7 @@ def _option(f, panel: str) -> inspect.Parameter:
 def plain_options(
     *only: str, # the fields to offer; all of them when none is named
     **kinds: type[PlainData] # parameter of the command → what its options make up: `recipe_fields=Recipe`
-):
+) -> Callable: # the decorator
     "Decorator: give a command an option for each field; those that were given arrive as a dict in the named parameter."
     own = {k: [f for f in fields(kind) if f.kw_only and (not only or f.name in only)] for k, kind in kinds.items()}
     panels = {Recipe: "{group} (over the recipe's value)"}
@@ -60,8 +62,9 @@ def plain_options(
     def decorate(f):
         def command(**kw):
             for k, fs in own.items():
-                given = {o.name: (_range(kw.pop(o.name)) if o.metadata['kind'] is tuple else kw.pop(o.name)) for o in fs}
-                kw[k] = {n: v for n, v in given.items() if v is not None}
+                given = {o: kw.pop(o.name) for o in fs}
+                kw[k] = {o.name: _range(v) if o.metadata['kind'] is tuple else v
+                         for o, v in given.items() if v is not None}
             return f(**kw)
         rest = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values() if p.name not in kinds]
         command.__signature__ = inspect.Signature(rest + opts)
@@ -87,7 +90,9 @@ _data_help = "folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…
 def _resume(run: Path, data: Path|None, ctx: typer.Context):
     "Go on with a stopped run, which knows its options; DATA only says where its images are now."
     given = [k for k in ctx.params if k not in ('data', 'resume') and ctx.get_parameter_source(k).name == 'COMMANDLINE']
-    if given: raise ValueError(f"--resume goes on with the options of the run itself: leave out --{given[0].replace('_', '-')}")
+    if given:
+        flag = given[0].replace('_', '-')
+        raise ValueError(f"--resume goes on with the options of the run itself: leave out --{flag}")
     _folder(run)
     if data: _folder(data)
     from mstoolkit.train import resume_run
@@ -97,13 +102,15 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
 @app.command('train')
 @plain_options(recipe_fields=Recipe, source_fields=DataSource)
 def train_command(
-    ctx: typer.Context,
-    recipe_fields: dict,
-    source_fields: dict,
+    ctx: typer.Context, # to tell which options were given
+    recipe_fields: dict, # the recipe's options
+    source_fields: dict, # the data's options
     data: Annotated[Optional[Path], typer.Argument(help=_data_help)] = None,
     recipe: Annotated[str, typer.Option('--recipe', '-r', help=f"{', '.join(recipes)}, or a .toml file")] = 'gate',
-    out: Annotated[Optional[Path], typer.Option('--out', '-o', help="run folder to make; runs/RECIPE, or the next free one")] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="run folder of a training that was stopped: go on with its own options")] = None,
+    out: Annotated[Optional[Path], typer.Option('--out', '-o',
+        help="run folder to make; runs/RECIPE, or the next free one")] = None,
+    resume: Annotated[Optional[Path], typer.Option(
+        help="run folder of a training that was stopped: go on with its own options")] = None,
 ):
     "Train a model on a folder of images."
     if resume: return _resume(resume, data, ctx)
@@ -119,11 +126,15 @@ def train_command(
 def predict(
     model: Annotated[Path, typer.Argument(help="run folder, model file, or .pt checkpoint of Report A's scripts")],
     images: Annotated[Path, typer.Argument(help="folder of images")],
-    out: Annotated[Path, typer.Option('--out', '-o', help="CSV to write: image_name,pred_label")] = Path('prediction.csv'),
+    out: Annotated[Path, typer.Option('--out', '-o',
+        help="CSV to write: image_name,pred_label")] = Path('prediction.csv'),
     top_k: Annotated[int, typer.Option(help="also write the K most probable classes and their confidences")] = 1,
-    confidence: Annotated[bool, typer.Option('--confidence', help="also write the confidence of the predicted class")] = False,
-    zip: Annotated[bool, typer.Option('--zip', help="write a .zip that holds the CSV, for competition servers")] = False,
-    on_bad: Annotated[str, typer.Option(help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
+    confidence: Annotated[bool, typer.Option('--confidence',
+        help="also write the confidence of the predicted class")] = False,
+    zip: Annotated[bool, typer.Option('--zip',
+        help="write a .zip that holds the CSV, for competition servers")] = False,
+    on_bad: Annotated[str, typer.Option(
+        help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
     bs: Annotated[int, typer.Option(help="images in a batch")] = 64,
     num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
@@ -141,11 +152,12 @@ def predict(
 @app.command()
 @plain_options('train', 'valid', 'csv', 'group', 'classes', source_fields=DataSource)
 def check(
-    source_fields: dict,
+    source_fields: dict, # the data's options
     data: Annotated[Path, typer.Argument(help=_data_help)],
     json: Annotated[bool, typer.Option('--json', help="print everything as JSON, every file listed")] = False,
     html: Annotated[Optional[Path], typer.Option(help="also write a page with thumbnails")] = None,
-    fast: Annotated[bool, typer.Option('--fast', help="headers, class counts and exact duplicates only: no decoding")] = False,
+    fast: Annotated[bool, typer.Option('--fast',
+        help="headers, class counts and exact duplicates only: no decoding")] = False,
 ):
     "Look for broken files, leaks, duplicates and uneven classes; exit code 1 when something would hurt training."
     if html: check_new(html, 'page')
@@ -161,7 +173,8 @@ def check(
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help=".pt file that a script of Report A saved")],
     out: Annotated[Path, typer.Argument(help="model file to write (.safetensors)")],
-    classes: Annotated[Optional[Path], typer.Option(help="text file, a class name a line in the order of the outputs; 0, 1, 2 … without it")] = None,
+    classes: Annotated[Optional[Path], typer.Option(
+        help="text file, a class name a line in the order of the outputs; 0, 1, 2 … without it")] = None,
     backbone: Annotated[str, typer.Option(help="timm architecture it was made from")] = 'resnest101e',
     size: Annotated[int, typer.Option(help="side of the images it was trained on, in pixels")] = 224,
 ):
@@ -169,24 +182,30 @@ def convert(
     check_new(out, 'model file')
     from mstoolkit.classifier import Classifier
     from mstoolkit.data.sources import read_classes
-    clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=read_classes(classes) if classes else None, size=size)
+    names = read_classes(classes) if classes else None
+    clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=names, size=size)
     print(f"{clf.save(out)}: {clf.header.config['head']} head on {backbone}, {len(clf.header.classes)} classes")
 
 # %% ../nbs/810_cli.ipynb #bc682c2e
 @app.command()
 @plain_options(recipe_fields=Recipe, source_fields=DataSource)
 def ablate(
-    recipe_fields: dict,
-    source_fields: dict,
+    recipe_fields: dict, # the recipe's options
+    source_fields: dict, # the data's options
     data: Annotated[Path, typer.Argument(help=_data_help)],
-    study: Annotated[str, typer.Option('--study', '-s', help="loss-mix, fusion, mix-prob, backbones, or a .toml file")] = 'fusion',
-    recipe: Annotated[str, typer.Option('--recipe', '-r', help="what the study's cells change: a recipe's name, or a .toml file")] = 'gate',
-    out: Annotated[Optional[Path], typer.Option('--out', '-o', help="the study's folder, runs/STUDY; one that is there is taken up again")] = None,
+    study: Annotated[str, typer.Option('--study', '-s',
+        help="loss-mix, fusion, mix-prob, backbones, or a .toml file")] = 'fusion',
+    recipe: Annotated[str, typer.Option('--recipe', '-r',
+        help="what the study's cells change: a recipe's name, or a .toml file")] = 'gate',
+    out: Annotated[Optional[Path], typer.Option('--out', '-o',
+        help="the study's folder, runs/STUDY; one that is there is taken up again")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each cell; one alone can give no verdict")] = 3,
     jobs: Annotated[int, typer.Option(help="runs side by side on this machine")] = 1,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads of each run; the machine's, divided by --jobs")] = None,
+    threads: Annotated[Optional[int], typer.Option(
+        help="CPU threads of each run; the machine's, divided by --jobs")] = None,
     ray: Annotated[bool, typer.Option('--ray', help="run on a Ray cluster")] = False,
-    dry_run: Annotated[bool, typer.Option('--dry-run', help="list the runs and about how long they take, and stop")] = False,
+    dry_run: Annotated[bool, typer.Option('--dry-run',
+        help="list the runs and about how long they take, and stop")] = False,
     baseline: Annotated[Optional[str], typer.Option(help="cell that the others are compared with; the first")] = None,
 ):
     "Compare recipes over several seeds, with intervals, exact tests and verdicts."
@@ -194,14 +213,16 @@ def ablate(
     from mstoolkit.ablation import format_table, load_study, run_study
     what = load_study(study)
     out = out or Path('runs')/what.name
-    df = run_study(what, source, out, recipe=r, seeds=seeds, jobs=jobs, threads=threads, ray=ray, dry_run=dry_run, baseline=baseline)
+    df = run_study(what, source, out, recipe=r, seeds=seeds, jobs=jobs, threads=threads, ray=ray, dry_run=dry_run,
+                   baseline=baseline)
     if df is not None: print(f"\n{format_table(df)}\ntables and figure in {out}")
 
 # %% ../nbs/810_cli.ipynb #5957c27e
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders; several are compared")],
-    out: Annotated[Optional[Path], typer.Option('--out', '-o', help="HTML file to write; report.html in the first run folder")] = None,
+    out: Annotated[Optional[Path], typer.Option('--out', '-o',
+        help="HTML file to write; report.html in the first run folder")] = None,
     baseline: Annotated[Optional[str], typer.Option(help="recipe that the others are compared with; the first")] = None,
 ):
     "Write one self-contained HTML page about a run, or about several."
@@ -218,8 +239,8 @@ def params(
     if classes < 1: raise ValueError(f"--classes is {classes}: give 1 or more")
     from mstoolkit.learner import count_params
     own = 1000 if backbone == 'resnest101e' else classes
-    rows = (backbone, 'plain', own), (f'{backbone} + pyramid fusion', 'pyramid', classes), (f'{backbone} + gated fusion', 'gated', classes)
-    for title, head, n in rows:
+    for title, head, n in ((backbone, 'plain', own), (f'{backbone} + pyramid fusion', 'pyramid', classes),
+                           (f'{backbone} + gated fusion', 'gated', classes)):
         print(f"{title:<40} {count_params(backbone, head, n):>14,}  ({n} classes)")
 
 # %% ../nbs/810_cli.ipynb #9986864a
@@ -245,7 +266,8 @@ def demo(
 # %% ../nbs/810_cli.ipynb #3b2396fb
 def _one_line(e: Exception) -> str:
     "What went wrong, in one line."
-    text = f'{e.strerror}: {e.filename!r}' if isinstance(e, OSError) and e.strerror and e.filename else str(e) or type(e).__name__
+    of_file = isinstance(e, OSError) and e.strerror and e.filename
+    text = f'{e.strerror}: {e.filename!r}' if of_file else str(e) or type(e).__name__
     return ' '.join(text.split())
 
 def main(
@@ -253,7 +275,8 @@ def main(
 ) -> int: # exit code: 0, 2 for a user's mistake, 130 when interrupted
     "Run the command line."
     main_thread = threading.current_thread() is threading.main_thread()
-    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace') # as stderr: a file's name may be any bytes
+    # as stderr does: a file's name may be any bytes
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main_thread else None  # so that clean-up runs
     try: app(args, prog_name='mstoolkit')
     except SystemExit as e:

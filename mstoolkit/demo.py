@@ -26,17 +26,20 @@ def score_predictions(
     answers = answers if isinstance(answers, pd.DataFrame) else pd.read_csv(answers, dtype=str)
     both = answers.merge(df.astype({'image_name': str}), on='image_name', how='left')
     missing = list(both.image_name[both.pred_label.isna()])
-    if missing: raise ValueError(f"{len(missing)} of {len(both)} answers have no prediction: {', '.join(missing[:5])} …")
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(both)} answers have no prediction: {', '.join(missing[:5])} …")
     return float((both.label == both.pred_label).mean())
 
 # %% ../nbs/750_demo.ipynb #fdbd76f7
 def demo(
-    out: str|Path = 'demo' # folder for data, runs and predictions; existing data is used again, existing runs are kept
+    out: str|Path = 'demo' # folder for data, runs and predictions; data that is there is used again, runs are kept
 ) -> float: # accuracy on the test folder
     "Draw the navon figures, train the `demo` recipe on them, predict the test folder and score it."
     out = Path(out)
     data = out/'data'
-    if not data.exists(): print(f'drawing 12,000 hierarchical letters in {data}'); make_data('navon', data)
+    if not data.exists():
+        print(f'drawing 12,000 hierarchical letters in {data}')
+        make_data('navon', data)
     run = free_run_folder('demo', out/'runs')
     train('demo', data, run)
     df = predict_folder(run, data/'test')

@@ -9,6 +9,7 @@ __all__ = ['fusion_learner', 'count_params']
 
 # %% ../nbs/610_learner.ipynb #e96640de
 from collections.abc import Callable
+from typing import Any
 
 import fastai.callback.fp16  # noqa: F401  gives learners to_fp16, to_bf16
 import fastai.callback.schedule  # noqa: F401  and fine_tune, fit_one_cycle, lr_find
@@ -41,19 +42,20 @@ def fusion_learner(
     normalize: bool = True, # normalise the images as the pretrained backbone expects
     loss_func: Callable|None = None, # cross entropy when not given
     opt_func: Callable = Adam, # fastai's Adam with decoupled weight decay
-    metrics = accuracy, # shown after every epoch; `PlateauLR`, `EarlyStop` and `KeepBest` look at the first by default
+    metrics: Callable|list|None = accuracy, # shown after every epoch; the trackers look at accuracy by default
     cbs: Callback|list[Callback]|None = None, # callbacks for every fit; those for one go to the fit
     head_kw: dict|None = None, # further options of the head: `dict(drop=.5)`
-    **learner_kw # further options of `fastai.learner.Learner`: lr, wd, path, model_dir, moms, train_bn
+    **learner_kw: Any # further options of `fastai.learner.Learner`: lr, wd, path, model_dir, moms, train_bn
 ) -> Learner: # frozen to the head when pretrained
     "A `Learner` for a multi-scale classifier on a timm backbone, with one parameter group for each stage."
     n_out = n_out or get_c(dls)
     if not n_out: raise ValueError("the number of classes is not known from `dls`: give n_out=")
-    model = multiscale_model(backbone, head, n_out, pretrained=pretrained, weights_file=weights_file, n_stages=n_stages, img_size=input_size(dls),
-                             **(head_kw or {}))
+    model = multiscale_model(backbone, head, n_out, pretrained=pretrained, weights_file=weights_file, n_stages=n_stages,
+                             img_size=input_size(dls), **(head_kw or {}))
     if normalize: set_stats(dls, model[0].mean, model[0].std)
-    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, splitter=stage_splitter, metrics=metrics,
-                    cbs=[RunHistory(), KeepWorkers(), *listify(cbs)], **learner_kw)
+    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func,
+                    splitter=stage_splitter, metrics=metrics, cbs=[RunHistory(), KeepWorkers(), *listify(cbs)],
+                    **learner_kw)
     if pretrained or weights_file: learn.freeze()
     return learn
 
@@ -62,7 +64,7 @@ def count_params(
     backbone: str, # a timm architecture
     head: str, # a name in `heads`
     n_out: int, # number of classes
-    **kwargs # further options of `multiscale_model`
+    **kwargs: Any # further options of `multiscale_model`
 ) -> int: # of backbone and head
     "Count the parameters of a model without making it: on torch's meta device it costs neither memory nor time."
     with torch.device('meta'): model = multiscale_model(backbone, head, n_out, pretrained=False, **kwargs)

@@ -28,54 +28,28 @@ def predict_probs(
     bs: int = 64, # images in a batch; no gradients are kept, so twice the training size fits
     num_workers: int|None = None, # loader processes; chosen by machine and data
     device: str = 'auto' # auto, cpu, cuda, cuda:N or mps
-) -> tuple[torch.Tensor, list[Path], dict]: # probabilities, one row for each readable file; those files; unreadable file → reason
+) -> tuple[torch.Tensor, list[Path], dict]: # probabilities (n, classes), their n files, unreadable file → reason
     "Class probabilities of image files; what cannot be read is returned by name."
     model, probs, good, bad = clf.model.to(pick_device(device)).eval(), [], [], {}
-    for _, x, ok, errors in track(clf.batches(files, bs=bs, num_workers=num_workers), 'predict', total=-(-len(files)//bs)):
-        bad.update(errors); good += ok
+    batches = clf.batches(files, bs=bs, num_workers=num_workers)
+    for _, x, ok, errors in track(batches, 'predict', total=-(-len(files)//bs)):
+        bad.update(errors)
+        good += ok
         if len(ok):
             with torch.inference_mode(): probs.append(model(x).float().softmax(1).cpu())
     return torch.cat(probs) if probs else torch.empty(0, len(clf.header.classes)), good, bad
 
 # %% ../nbs/720_predict.ipynb #9cf77202
 def _image_names(files: list[Path], folder: Path) -> list[str]:
-    "Names without extension, relative to `folder`; two files of one name are an error, since one row could not tell them apart."
+    "Names without extension, relative to `folder`; two files of one name are an error."
     names = [f.relative_to(folder).with_suffix('').as_posix() for f in files]
     seen = {}
     for n, f in zip(names, files):
-        if n in seen: raise ValueError(f"two images have the name {n!r} ({seen[n].name} and {f.name}): a row could not tell them apart; rename one")
+        if n in seen:
+            raise ValueError(f"two images have the name {n!r} ({seen[n].name} and {f.name}): "
+                             "a row could not tell them apart; rename one")
         seen[n] = f
     return names
-
-# %% ../nbs/720_predict.ipynb #af1eb13d
-def predict_folder(
-    model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
-    folder: str|Path, # images to classify, in folders of any depth
-    *,
-    top_k: int = 1, # with more than 1, add columns label_1, confidence_1, label_2 …
-    confidence: bool = False, # add the probability of the predicted class
-    on_bad: str = 'error', # unreadable images: 'error' names them and stops, 'skip' names them and leaves out their rows
-    bs: int = 64, # images in a batch
-    num_workers: int|None = None, # loader processes; chosen by machine and data
-    device: str|None = None # auto, cpu, cuda …; where the learner is, or 'auto' for a file
-) -> pd.DataFrame: # image_name, pred_label; sorted by name
-    "Classify the images of a folder: one row each, sorted by name, labelled with class names."
-    choice(on_bad, ('error', 'skip'), 'on_bad')
-    if isinstance(model, Learner): device, model = device or str(model.dls.device), Classifier.from_learner(model)
-    clf, folder = model if isinstance(model, Classifier) else Classifier.load(model), Path(folder)
-    classes = clf.header.classes
-    if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")
-    if not 1 <= top_k <= len(classes): raise ValueError(f"top_k is {top_k}: give 1 to {len(classes)}, the number of classes")
-    files = sorted(image_files(folder), key=lambda f: f.relative_to(folder).with_suffix('').as_posix())
-    _image_names(files, folder)
-    probs, good, bad = predict_probs(clf, files, bs=bs, num_workers=num_workers, device=device or 'auto')
-    if bad: _report_bad(bad, len(files), on_bad)
-    p, i = probs.topk(top_k, dim=1)
-    df = pd.DataFrame({'image_name': _image_names(good, folder), 'pred_label': [classes[o] for o in i[:, 0].tolist()]})
-    if confidence: df['confidence'] = p[:, 0].numpy().round(6)
-    if top_k > 1:
-        for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = [classes[o] for o in i[:, k].tolist()], p[:, k].numpy().round(6)
-    return df
 
 # %% ../nbs/720_predict.ipynb #fc93fac9
 def _report_bad(bad: dict, n: int, on_bad: str):
@@ -83,22 +57,55 @@ def _report_bad(bad: dict, n: int, on_bad: str):
     text, whys = f"{len(bad)} of {counted(n, 'image')} cannot be read", list(bad.values())
     if on_bad == 'error' or len(bad) == n:
         some = '; '.join(whys[:3]) + (f'; … and {len(whys)-3} more' if len(whys) > 3 else '')
-        skip = '' if len(bad) == n else "; or leave their rows out, and see them all named, with on_bad='skip' (--on-bad skip)"
-        raise ValueError(f"{text}: {some}. Mend or remove them{skip}")
+        skip = "; or leave their rows out, and see them all named, with on_bad='skip' (--on-bad skip)"
+        raise ValueError(f"{text}: {some}. Mend or remove them{'' if len(bad) == n else skip}")
     print('\n'.join([f'warning: {text}; their rows are left out:', *(f'  {o}' for o in whys)]), file=sys.stderr)
+
+# %% ../nbs/720_predict.ipynb #af1eb13d
+def predict_folder(
+    model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
+    folder: str|Path, # images to classify, in folders of any depth
+    *,
+    top_k: int = 1, # with more than 1, add the columns label_1, confidence_1, label_2 … of the most probable classes
+    confidence: bool = False, # add the probability of the predicted class
+    on_bad: str = 'error', # unreadable images are named; then 'error' stops, 'skip' leaves out their rows
+    bs: int = 64, # images in a batch
+    num_workers: int|None = None, # loader processes; chosen by machine and data
+    device: str|None = None # auto, cpu, cuda …; where the learner is, or 'auto' for a file
+) -> pd.DataFrame: # image_name, pred_label and what else was asked for; sorted by name
+    "Classify the images of a folder: one row each, sorted by name, labelled with class names."
+    choice(on_bad, ('error', 'skip'), 'on_bad')
+    if isinstance(model, Learner): device, model = device or str(model.dls.device), Classifier.from_learner(model)
+    clf = model if isinstance(model, Classifier) else Classifier.load(model)
+    folder, classes = Path(folder), clf.header.classes
+    if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")
+    if not 1 <= top_k <= len(classes):
+        raise ValueError(f"top_k is {top_k}: give 1 to {len(classes)}, the number of classes")
+    files = sorted(image_files(folder), key=lambda f: f.relative_to(folder).with_suffix('').as_posix())
+    _image_names(files, folder)
+    probs, good, bad = predict_probs(clf, files, bs=bs, num_workers=num_workers, device=device or 'auto')
+    if bad: _report_bad(bad, len(files), on_bad)
+    p, i = probs.topk(top_k, dim=1)
+    labels, p = [[classes[o] for o in col] for col in i.T.tolist()], p.numpy().round(6)
+    df = pd.DataFrame({'image_name': _image_names(good, folder), 'pred_label': labels[0]})
+    if confidence: df['confidence'] = p[:, 0]
+    if top_k > 1:
+        for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = labels[k], p[:, k]
+    return df
 
 # %% ../nbs/720_predict.ipynb #c63f76b2
 def write_predictions(
     df: pd.DataFrame, # from `predict_folder`
     out: str|Path, # the CSV to write; never overwritten
     *,
-    zip: bool = False # write OUT with the ending .zip instead, holding the CSV, for competition servers that want an archive
+    zip: bool = False # write an archive that holds the CSV, OUT with the ending .zip, for servers that want one
 ) -> Path: # the file written
     "Write predictions as CSV, or as a zip archive that holds the CSV."
     out = Path(out)
     file = out.with_suffix('.zip') if zip else out
     with atomic_path(check_new(file)) as tmp:
-        data = df.to_csv(index=False).encode(errors='backslashreplace') # a name that is not UTF-8 shall not cost all the others
+        # a name that is not UTF-8 shall not cost all the others
+        data = df.to_csv(index=False).encode(errors='backslashreplace')
         if not zip: tmp.write_bytes(data)
         else:
             with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr(out.with_suffix('.csv').name, data)

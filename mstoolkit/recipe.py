@@ -24,9 +24,9 @@ else: import tomli as tomllib
 def _is(v, kind) -> bool:
     "Whether `v` may stand in a field of type `kind`: whole numbers pass for floats, bools never pass for numbers."
     if kind is float: return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-    if kind is tuple:
-        return _is(v, float) or (isinstance(v, (tuple, list)) and len(v) == 2 and all(_is(o, float) for o in v))
-    if kind is list: return isinstance(v, str) or (isinstance(v, (tuple, list)) and all(isinstance(o, str) for o in v))
+    many = isinstance(v, (tuple, list))
+    if kind is tuple: return _is(v, float) or (many and len(v) == 2 and all(_is(o, float) for o in v))
+    if kind is list: return isinstance(v, str) or (many and all(isinstance(o, str) for o in v))
     return type(v) is kind
 
 # %% ../nbs/410_recipe.ipynb #f1f4b7b7
@@ -43,11 +43,11 @@ def option(
     hi: float|None = None, # largest value
     above: float|None = None, # every value is larger than this
     choices: tuple|None = None, # the values there are
-    **field_kw # further arguments of `dataclasses.field`
-):
+    **field_kw: Any # further arguments of `dataclasses.field`
+) -> Any: # what stands behind the `=` of the field
     "A field of a `PlainData`."
-    return field(default=default, metadata=dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices),
-                 **field_kw)
+    meta = dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices)
+    return field(default=default, metadata=meta, **field_kw)
 
 # %% ../nbs/410_recipe.ipynb #39e23f3e
 def _checked(
@@ -56,13 +56,13 @@ def _checked(
     m: dict # the field's metadata
 ): # `v` as the field's own type
     "Return `v` as the field's type, or raise a `ValueError` that names the field, the bad value and the good ones."
-    kind = m['kind']
+    kind, lo, hi, above = m['kind'], m['lo'], m['hi'], m['above']
     if not _is(v, kind): raise ValueError(f"{name} is {v!r}: give {_kinds[kind]}")
     if m['choices']: choice(v, m['choices'], f'value of {name}:')
     for o in (v if isinstance(v, (tuple, list)) else [v]):
-        if m['lo'] is not None and o < m['lo']: raise ValueError(f"{name} is {v!r}: give {m['lo']} or more")
-        if m['hi'] is not None and o > m['hi']: raise ValueError(f"{name} is {v!r}: give {m['hi']} or less")
-        if m['above'] is not None and not o > m['above']: raise ValueError(f"{name} is {v!r}: give more than {m['above']}")
+        if lo is not None and o < lo: raise ValueError(f"{name} is {v!r}: give {lo} or more")
+        if hi is not None and o > hi: raise ValueError(f"{name} is {v!r}: give {hi} or less")
+        if above is not None and not o > above: raise ValueError(f"{name} is {v!r}: give more than {above}")
     if kind is float: return float(v)
     if kind is tuple: return tuple(map(float, v)) if isinstance(v, (tuple, list)) else float(v)
     return tuple(v) if isinstance(v, list) else v
@@ -74,13 +74,15 @@ class PlainData:
     noun: ClassVar[str] = 'option' # what a field is called in errors
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _checked(f'{self.noun} {f.name!r}', getattr(self, f.name), f.metadata))
+        for f in fields(self):
+            v = _checked(f'{self.noun} {f.name!r}', getattr(self, f.name), f.metadata)
+            object.__setattr__(self, f.name, v)
 
     @classmethod
     def from_dict(cls,
         d: dict, # field names and values; what is missing takes its default
         base: 'PlainData|None' = None # take missing values from here instead
-    ):
+    ) -> 'PlainData': # of this class, checked
         "Make one from a dict; an unknown key is an error that names it and its near matches."
         for k in d: choice(k, [f.name for f in fields(cls)], cls.noun, max_listed=50)
         return replace(base, **d) if base else cls(**d)
@@ -88,7 +90,7 @@ class PlainData:
     @classmethod
     def load(cls,
         file: str|Path # a TOML file, from `save` or from an editor
-    ):
+    ) -> 'PlainData': # of this class, checked
         "Read one from a TOML file."
         d = read_toml(file, cls.__name__, {})
         try: return cls.from_dict(d)
@@ -97,7 +99,8 @@ class PlainData:
     def to_toml(self) -> str: # TOML text, each field with its help as a comment
         "Write as TOML, group by group, a comment beside each field."
         import tomlkit
-        doc, group, groups = tomlkit.document(), None, list(dict.fromkeys(f.metadata['group'] for f in fields(self)))
+        groups = list(dict.fromkeys(f.metadata['group'] for f in fields(self)))
+        doc, group = tomlkit.document(), None
         for f in sorted(fields(self), key=lambda f: groups.index(f.metadata['group'])):
             if f.metadata['group'] != group:
                 if group: doc.add(tomlkit.nl())
@@ -109,7 +112,7 @@ class PlainData:
 
     def save(self,
         file: str|Path # the TOML file to write
-    ) -> Path:
+    ) -> Path: # `file`
         "Write to `file`, whole or not at all."
         return write_text(file, self.to_toml())
 
@@ -119,20 +122,21 @@ class PlainData:
             flag = name.replace('_', '-')
             if isinstance(v, bool): return [f"--{'' if v else 'no-'}{flag}"]
             return [f'--{flag}', ','.join(map(str, v)) if isinstance(v, tuple) else str(v)]
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.kw_only and getattr(self, f.name) != f.default}
-        return [w for name, v in changed.items() for w in words(name, v)]
+        changed = [f.name for f in fields(self) if f.kw_only and getattr(self, f.name) != f.default]
+        return [w for name in changed for w in words(name, getattr(self, name))]
 
 # %% ../nbs/410_recipe.ipynb #11b3bdfa
 def read_toml(
     source: str|Path, # a TOML file
     what: str, # what it holds, for the error: 'recipe'
     named: dict # what could have been meant by a source that is no .toml file, by name
-) -> dict:
+) -> dict: # names and values
     "The content of a TOML file, or an error that says whether it was a wrong name, a missing file or no TOML."
     if Path(source).suffix != '.toml': choice(str(source), named, what)
     if not Path(source).is_file(): raise FileNotFoundError(f"there is no {what} file {str(source)!r}")
     try: return tomllib.loads(Path(source).read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{what} file {str(source)!r} is not TOML: {e}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{what} file {str(source)!r} is not TOML: {e}") from e
 
 # %% ../nbs/410_recipe.ipynb #04c7a9a8
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +149,12 @@ class Recipe(PlainData):
     head:str = option('gated', str, 'Model', "plain, mlp, pyramid, gated, or a head of your own")
     n_stages:int = option(3, int, 'Model', "how many of the backbone's last stages the head sees", lo=1, hi=6)
     pretrained:bool = option(True, bool, 'Model', "start from pretrained weights")
-    weights_file:str = option('', str, 'Model', "local file with the backbone's pretrained weights, instead of a download")
+    weights_file:str = option('', str, 'Model',
+                              "local file with the backbone's pretrained weights, instead of a download")
     # data
     size:int = option(224, int, 'Data', "side of the square images the model sees, in pixels", lo=8, hi=4096)
-    augment:str = option('light', str, 'Data', "augmentation of the training images: none, light, affine, strong, upright or shift")
+    augment:str = option('light', str, 'Data',
+                         "augmentation of the training images: none, light, affine, strong, upright or shift")
     num_workers:int = option(-1, int, 'Data', "loader processes; -1 chooses by machine and data", lo=-1, hi=256)
     # training
     epochs:int = option(100, int, 'Training', "epochs at the most", lo=1)
@@ -158,45 +164,57 @@ class Recipe(PlainData):
     wd:float = option(1e-5, float, 'Training', "weight decay", lo=0)
     opt:str = option('adam', str, 'Training', "torch's adam (L2 penalty), adamw (decoupled decay) or sgd (momentum .9)",
                      choices=('adam', 'adamw', 'sgd'))
-    schedule:str = option('constant', str, 'Training', "constant, one-cycle, flat-cos, fine-tune (fastai's two phases) or warm-restarts",
+    schedule:str = option('constant', str, 'Training',
+                          "constant, one-cycle, flat-cos, fine-tune (fastai's two phases) or warm-restarts",
                       choices=('constant', 'one-cycle', 'flat-cos', 'fine-tune', 'warm-restarts'))
     restart_epochs:int = option(10, int, 'Training', "length of the first cycle of warm-restarts, in epochs", lo=1)
     restart_mult:int = option(2, int, 'Training', "each cycle of warm-restarts is so many times the one before", lo=1)
-    loss:str = option('smoothed', str, 'Training', "smoothed (label smoothing) or plain cross-entropy", choices=('smoothed', 'cross-entropy'))
-    smoothing:float = option(.1, float, 'Training', "share of the label given to the other classes by loss smoothed", lo=0, hi=.9)
+    loss:str = option('smoothed', str, 'Training', "smoothed (label smoothing) or plain cross-entropy",
+                      choices=('smoothed', 'cross-entropy'))
+    smoothing:float = option(.1, float, 'Training', "share of the label given to the other classes by loss smoothed",
+                             lo=0, hi=.9)
     cutmix:float = option(.5, float, 'Training', "share of the batches that get CutMix", lo=0, hi=1)
     mixup:float = option(0., float, 'Training', "share of the batches that get MixUp", lo=0, hi=1)
     cutmix_alpha:tuple = option(1., tuple, 'Training', "Beta parameter of CutMix, or a range to draw it from", above=0)
     mixup_alpha:tuple = option(.4, tuple, 'Training', "Beta parameter of MixUp, or a range to draw it from", above=0)
     mix_off_epochs:int = option(0, int, 'Training', "last epochs without mixing", lo=0)
-    balance:str = option('none', str, 'Training', "for uneven classes: logit-adjust (the first to try), sampler or weights",
+    balance:str = option('none', str, 'Training',
+                         "for uneven classes: logit-adjust (the first to try), sampler or weights",
                      choices=('none', 'logit-adjust', 'sampler', 'weights'))
-    monitor:str = option('accuracy', str, 'Training', "what plateau, early stop and best model look at", choices=('accuracy', 'valid_loss'))
-    plateau_patience:int = option(5, int, 'Training', "epochs without improvement before the rate is cut; -1 never cuts", lo=-1)
+    monitor:str = option('accuracy', str, 'Training', "what plateau, early stop and best model look at",
+                         choices=('accuracy', 'valid_loss'))
+    plateau_patience:int = option(5, int, 'Training',
+                                  "epochs without improvement before the rate is cut; -1 never cuts", lo=-1)
     plateau_factor:float = option(.25, float, 'Training', "what the rate is cut to, as a factor", above=0, hi=.999)
-    stop_patience:int = option(15, int, 'Training', "epochs without improvement before the run stops; 0 never stops", lo=0)
+    stop_patience:int = option(15, int, 'Training',
+                               "epochs without improvement before the run stops; 0 never stops", lo=0)
     # machine
     device:str = option('auto', str, 'Machine', "auto, cpu, cuda, cuda:N or mps")
     memory_format:str = option('auto', str, 'Machine', "auto times both on the first batch and keeps the faster",
                            choices=('auto', 'contiguous', 'channels-last'))
-    colour_on:str = option('auto', str, 'Machine', "where colour jitter and erasing run: workers, device, or auto: a GPU does it",
+    colour_on:str = option('auto', str, 'Machine',
+                           "where colour jitter and erasing run: workers, device, or auto: a GPU does it",
                            choices=('auto', 'workers', 'device'))
-    compile:bool = option(False, bool, 'Machine', "compile the network with torch.compile; pays on long runs, mostly on GPUs")
-    precision:str = option('fp32', str, 'Machine', "fp32, or on a GPU bf16 or fp16 arithmetic", choices=('fp32', 'bf16', 'fp16'))
+    compile:bool = option(False, bool, 'Machine',
+                          "compile the network with torch.compile; pays on long runs, mostly on GPUs")
+    precision:str = option('fp32', str, 'Machine', "fp32, or on a GPU bf16 or fp16 arithmetic",
+                           choices=('fp32', 'bf16', 'fp16'))
     seed:int = option(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.cutmix + self.mixup > 1:
-            raise ValueError(f"recipe fields 'cutmix' and 'mixup' are {self.cutmix:g} and {self.mixup:g}: give shares that sum to 1 or less")
+            raise ValueError(f"recipe fields 'cutmix' and 'mixup' are {self.cutmix:g} and {self.mixup:g}: "
+                             "give shares that sum to 1 or less")
         for n in ('cutmix_alpha', 'mixup_alpha'):
             v = getattr(self, n)
-            if isinstance(v, tuple) and v[0] > v[1]: raise ValueError(f"recipe field {n!r} is {v!r}: give the lower end of the range first")
+            if isinstance(v, tuple) and v[0] > v[1]:
+                raise ValueError(f"recipe field {n!r} is {v!r}: give the lower end of the range first")
 
 # %% ../nbs/410_recipe.ipynb #97e132e8
 def load_recipe(
     source: str|Path # the name of a recipe in `recipes`, or a TOML file
-) -> Recipe:
+) -> Recipe: # checked
     "Load a named recipe or a recipe file."
     if str(source) in recipes: return recipes[str(source)]
     d = read_toml(source, 'recipe', recipes)
@@ -204,8 +222,9 @@ def load_recipe(
     except ValueError as e: raise ValueError(f"{source}: {e}") from e
 
 # %% ../nbs/410_recipe.ipynb #88f628d9
-_mix = Recipe(head='mlp', augment='affine', opt='adamw', wd=1e-2, schedule='warm-restarts', loss='cross-entropy', cutmix=.4, mixup=.4,
-              cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6), plateau_patience=-1, stop_patience=0)
+_mix = Recipe(head='mlp', augment='affine', opt='adamw', wd=1e-2, schedule='warm-restarts', loss='cross-entropy',
+              cutmix=.4, mixup=.4, cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6),
+              plateau_patience=-1, stop_patience=0)
 
 recipes = {r.name: r for r in (
     Recipe(name='resnest', head='plain', loss='cross-entropy'),
@@ -215,8 +234,9 @@ recipes = {r.name: r for r in (
     replace(_mix, name='mix-resnext50', backbone='resnext50_32x4d.fb_swsl_ig1b_ft_in1k', epochs=200),
     replace(_mix, name='mix-resnext101', backbone='resnext101_32x8d.fb_swsl_ig1b_ft_in1k', epochs=310),
     replace(_mix, name='mix-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k_288', epochs=70),
-    Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='none', epochs=10, bs=64, lr=5e-3, wd=.05,
-           opt='adamw', schedule='one-cycle', cutmix=0., plateau_patience=-1, stop_patience=0),
+    Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='none',
+           epochs=10, bs=64, lr=5e-3, wd=.05, opt='adamw', schedule='one-cycle', cutmix=0.,
+           plateau_patience=-1, stop_patience=0),
 )}
 
 # %% ../nbs/410_recipe.ipynb #a7ce6a68
@@ -226,4 +246,5 @@ def check_choices(
 ):
     "Raise when a recipe field and the registry that serves it do not name the same choices."
     want = next(f.metadata['choices'] for f in fields(Recipe) if f.name == field)
-    if set(want) != set(registry): raise ValueError(f"recipe field {field!r} offers {', '.join(want)}, its registry {', '.join(registry)}")
+    if set(want) != set(registry):
+        raise ValueError(f"recipe field {field!r} offers {', '.join(want)}, its registry {', '.join(registry)}")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,14 +58,14 @@ study_files = dict(
 def run_file(
     run: str|Path, # a run folder
     what: str # a key of `run_files`
-) -> Path:
+) -> Path: # the file, which may not be there yet
     "Where a run folder keeps something."
     return Path(run)/run_files[choice(what, run_files, 'file of a run')]
 
 def study_file(
     study: str|Path, # a study's folder
     what: str # a key of `study_files`
-) -> Path:
+) -> Path: # the file, which may not be there yet
     "Where a study's folder keeps something."
     return Path(study)/study_files[choice(what, study_files, 'file of a study')]
 
@@ -72,7 +73,7 @@ def study_file(
 def free_run_folder(
     name: str, # name of the recipe
     root: str|Path = 'runs' # where the runs are
-) -> Path:
+) -> Path: # the folder to make
     "The first of ROOT/NAME, ROOT/NAME-2, ROOT/NAME-3 … that is not there yet."
     paths = (Path(root)/(name if i == 1 else f'{name}-{i}') for i in itertools.count(1))
     return next(p for p in paths if not p.exists())
@@ -84,8 +85,8 @@ def library_versions() -> dict: # name → version
             **{n: version(n) for n in ('torch', 'torchvision', 'fastai', 'timm', 'albumentations')}}
 
 def environment(
-    **facts # what only the caller knows: device, threads, the data
-) -> dict:
+    **facts: Any # what only the caller knows: device, threads, the data
+) -> dict: # plain values, ready for JSON
     "What a run folder keeps of its surroundings."
     return dict(versions=library_versions(), platform=platform.platform(), command=sys.argv,
                 started=time.strftime('%Y-%m-%dT%H:%M:%S%z')) | facts
@@ -93,18 +94,19 @@ def environment(
 def write_env(
     run: str|Path, # a run folder
     env: dict # from `environment`, and what came out
-) -> Path:
+) -> Path: # the file written
     "Write the environment file, whole or not at all."
     return write_text(run_file(run, 'env'), json.dumps(env, indent=1))
 
 def read_env(
     run: str|Path # a run folder
-) -> dict:
+) -> dict: # what `write_env` was given
     "Read the environment file; one that an editor has spoilt is a `ValueError` that names it."
     file = run_file(run, 'env')
     try: env = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {e}") from e
-    if not isinstance(env, dict) or not isinstance(env.get('data', {}), dict): raise ValueError(f"{str(file)!r} is damaged: it holds no table")
+    if not isinstance(env, dict) or not isinstance(env.get('data', {}), dict):
+        raise ValueError(f"{str(file)!r} is damaged: it holds no table")
     return env
 
 # %% ../nbs/420_runs.ipynb #593ff148
@@ -112,7 +114,8 @@ try: import fcntl
 except ImportError: fcntl = None  # Windows
 
 def _lock(f, run: Path):
-    "Lock a file, or say who has it. Unlike `flock`, not shared with loader processes that outlive a kill by some seconds."
+    "Lock a file, or say that another process has it."
+    # unlike `flock`, not shared with loader processes, which outlive a kill by some seconds
     try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ValueError(f"another process is training in {str(run)!r}: wait for it, or stop it") from None
@@ -122,7 +125,7 @@ def _lock(f, run: Path):
 @contextlib.contextmanager
 def one_writer(
     run: str|Path # a run folder
-) -> Iterator[None]:
+) -> Iterator[None]: # for a `with` block
     "Hold the lock of a run folder; leave no checkpoint folder that holds no checkpoint."
     lock, state = run_file(run, 'lock'), run_file(run, 'state')
     lock.parent.mkdir(exist_ok=True)
@@ -140,9 +143,11 @@ def stopped_run(
     if not run_file(run, 'env').is_file() or not run_file(run, 'recipe').is_file():
         raise FileNotFoundError(f"{str(run)!r} is not a run folder")
     if not run_file(run, 'source').is_file():
-        raise ValueError(f"{str(run)!r} was begun by an earlier version, which did not keep {run_files['source']}: start it anew")
+        raise ValueError(f"{str(run)!r} was begun by an earlier version, which did not keep {run_files['source']}: "
+                         "start it anew")
     env = read_env(run)
-    if 'epochs' in env: raise ValueError(f"{str(run)!r} has ended well, after {env['epochs']} epochs: there is nothing to resume")
+    if 'epochs' in env:
+        raise ValueError(f"{str(run)!r} has ended well, after {env['epochs']} epochs: there is nothing to resume")
     if not run_file(run, 'state').is_file():
         raise ValueError(f"no epoch of {str(run)!r} had been finished: start it anew under another name")
     return env
@@ -181,41 +186,64 @@ class Run:
 
     def __post_init__(self):
         object.__setattr__(self, 'path', Path(self.path))
-        missing = [run_files[o] for o in ('recipe', 'source', 'env', 'history', 'preds') if not self.file(o).is_file()]
-        if missing: raise FileNotFoundError(f"{str(self.path)!r} is not a finished run folder: it has no {', no '.join(missing)}")
+        needed = 'recipe', 'source', 'env', 'history', 'preds'
+        if missing := [run_files[o] for o in needed if not self.file(o).is_file()]:
+            raise FileNotFoundError(f"{str(self.path)!r} is not a finished run folder: "
+                                    f"it has no {', no '.join(missing)}")
 
     def file(self,
         what: str # a key of `run_files`
-    ) -> Path:
+    ) -> Path: # which may not be there
         "Where this run keeps something."
         return run_file(self.path, what)
 
     @cached_property
-    def recipe(self) -> Recipe: return load_recipe(self.file('recipe'))
+    def recipe(self) -> Recipe:
+        "Every choice of the run."
+        return load_recipe(self.file('recipe'))
+
     @cached_property
-    def source(self) -> DataSource: return DataSource.load(self.file('source'))
+    def source(self) -> DataSource:
+        "What it was trained on."
+        return DataSource.load(self.file('source'))
+
     @cached_property
-    def env(self) -> dict: return read_env(self.path)
+    def env(self) -> dict:
+        "Versions, machine, data, and what came out."
+        return read_env(self.path)
+
     @cached_property
-    def history(self) -> pd.DataFrame: return read_history(self.path)
+    def history(self) -> pd.DataFrame: # a row for each epoch
+        "The table of epochs."
+        return read_history(self.path)
+
     @cached_property
-    def preds(self) -> pd.DataFrame: return read_predictions(self.path)
+    def preds(self) -> pd.DataFrame: # as from `read_predictions`
+        "What the best model says of each validation image."
+        return read_predictions(self.path)
+
     @cached_property
-    def left_out(self) -> list[str]: # what was said of the images that cannot be read
+    def left_out(self) -> list[str]: # a line for each
+        "What was said of the images that cannot be read."
         file = self.file('left_out')
         return file.read_text(encoding='utf-8').splitlines() if file.is_file() else []
+
     @property
-    def correct(self) -> pd.Series: # by image name
+    def correct(self) -> pd.Series: # bool, by image name
+        "Which validation images the best model gets right."
         return (self.preds.label == self.preds.pred_label).set_axis(self.preds.image)
+
     @property
-    def accuracy(self) -> float: return float(self.correct.mean())
+    def accuracy(self) -> float: # 0…1
+        "Share of the validation images that the best model gets right."
+        return float(self.correct.mean())
 
 # %% ../nbs/420_runs.ipynb #c3901950
 def seed_folder(
     study: str|Path, # a study's folder
     cell: str, # the name of a cell
     seed: int # of the run
-) -> Path:
+) -> Path: # its folder
     "Where a study keeps a run."
     return Path(study)/cell/f'seed-{seed}'
 
@@ -238,7 +266,7 @@ def read_study(
 
 def run_folders(
     path: str|Path # a run folder, or a study's folder
-) -> list[Path]: # run folders
+) -> list[Path]: # run folders, cell by cell
     "The finished runs of a study's folder; any other folder stands for itself."
     if not study_file(path, 'study').is_file(): return [Path(path)]
     found = [o for cell in read_study(path)['cells'] for o in finished_runs(path, cell)]
@@ -246,8 +274,10 @@ def run_folders(
     return found
 
 # %% ../nbs/420_runs.ipynb #57d657be
-_not_method = 'seed', 'name', 'device', 'num_workers', 'memory_format', 'compile', 'colour_on' # fields that do not make another method
-_not_data = 'path', 'csv', 'cache', 'cache_in', 'classes' # where things lie does not make other data
+# fields that do not make another method
+_not_method = 'seed', 'name', 'device', 'num_workers', 'memory_format', 'compile', 'colour_on'
+# where things lie does not make other data
+_not_data = 'path', 'csv', 'cache', 'cache_in', 'classes'
 
 def _choices(r: Run) -> dict: # field → value
     "What makes a run's method and data."
@@ -268,8 +298,10 @@ def _check_seeds(name: str, runs: list[Run]):
     seen = {}
     for r in runs:
         if first := seen.get(r.recipe.seed):
-            what = 'the same run' if first.path.resolve() == r.path.resolve() else f'{str(first.path)!r} and {str(r.path)!r}'
-            raise ValueError(f"{name} has seed {r.recipe.seed} twice ({what}): one network must not count as two, leave one out")
+            same = first.path.resolve() == r.path.resolve()
+            what = 'the same run' if same else f'{str(first.path)!r} and {str(r.path)!r}'
+            raise ValueError(f"{name} has seed {r.recipe.seed} twice ({what}): "
+                             "one network must not count as two, leave one out")
         seen[r.recipe.seed] = r
 
 # %% ../nbs/420_runs.ipynb #d3289ee9
@@ -288,8 +320,10 @@ def correct_cells(
 ) -> dict: # name → seeds × images, as the functions of `evaluate.stats` take it
     "Whether each run got each image right; all must have been validated on the same images."
     columns = {k: [r.correct.sort_index() for r in runs] for k, runs in groups.items()}
-    first = next(iter(columns.values()))[0].index
+    first = next(iter(columns))
+    images = columns[first][0].index
     for k, runs in columns.items():
-        if any(not r.index.equals(first) for r in runs):
-            raise ValueError(f"{k} was validated on other images than {next(iter(columns))}: a comparison needs the same validation images")
+        if any(not r.index.equals(images) for r in runs):
+            raise ValueError(f"{k} was validated on other images than {first}: "
+                             "a comparison needs the same validation images")
     return {k: np.stack([r.to_numpy() for r in runs]) for k, runs in columns.items()}

@@ -15,6 +15,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastai.callback.fp16 import MixedPrecision
@@ -32,7 +33,8 @@ from .callback.schedule import fit_warm_restarts
 from .callback.speed import MemoryFormat, formats
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import KeepModel
-from .core import atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything, write_text
+from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
+                            write_text)
 from .data.check import check_samples
 from .data.core import image_dls
 from .data.sources import DataSource, data_source
@@ -58,14 +60,15 @@ check_choices('memory_format', ['auto', *formats])
 def recipe_dls(
     r: Recipe, # what to do
     data: str|Path|DataSource, # the folder of images, or all that a `DataSource` says of them
-    **source # fields of `DataSource`
-) -> DataLoaders:
+    **source: Any # fields of `DataSource`
+) -> DataLoaders: # training and validation images, on the recipe's device
     "The data that recipe `r` trains on."
     workers = None if r.num_workers < 0 else r.num_workers
-    dls = image_dls(data, size=r.size, bs=r.bs, augment=r.augment, colour_on=r.colour_on, num_workers=workers, seed=r.seed,
-                    device=pick_device(r.device), **source)
+    dls = image_dls(data, size=r.size, bs=r.bs, augment=r.augment, colour_on=r.colour_on, num_workers=workers,
+                    seed=r.seed, device=pick_device(r.device), **source)
     if not len(dls.valid_ds):
-        raise ValueError(f"no image of {str(dls.path)!r} is left for validation: give a class two images or more, or a val folder")
+        raise ValueError(f"no image of {str(dls.path)!r} is left for validation: "
+                         "give a class two images or more, or a val folder")
     return dls
 
 # %% ../nbs/710_train.ipynb #628b13ac
@@ -75,14 +78,17 @@ def recipe_learner(
 ) -> Learner: # with the recipe's loss, mixing and precision
     "The learner that recipe `r` describes."
     if r.schedule == 'fine-tune' and not (r.pretrained or r.weights_file):
-        raise ValueError("schedule 'fine-tune' first trains the head on a frozen backbone, and this recipe's backbone is not pretrained: "
-                         "choose another schedule, or pretrained weights")
-    cbs = [BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha, off_epochs=r.mix_off_epochs,
-                    seed=r.seed)] if r.cutmix + r.mixup else []
+        raise ValueError("schedule 'fine-tune' first trains the head on a frozen backbone, and this recipe's backbone "
+                         "is not pretrained: choose another schedule, or pretrained weights")
+    cbs = []
+    if r.cutmix + r.mixup:
+        cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
+                            off_epochs=r.mix_off_epochs, seed=r.seed))
     cbs.append(MemoryFormat(r.memory_format))
     if r.precision != 'fp32': cbs.append(_precision_cb(r.precision, dls.device))
-    learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None, n_stages=r.n_stages,
-                           loss_func=losses[r.loss](r), opt_func=optimizers[r.opt], wd_bn_bias=True, metrics=accuracy, cbs=cbs)
+    learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
+                           n_stages=r.n_stages, loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
+                           wd_bn_bias=True, metrics=accuracy, cbs=cbs)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
     if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are
@@ -94,8 +100,10 @@ def _precision_cb(
     device: torch.device # where the learner trains
 ) -> MixedPrecision:
     "fastai's mixed precision callback, or an error where the device has no such arithmetic."
-    if device.type != 'cuda': raise ValueError(f"precision {precision!r} needs a CUDA GPU and the device is {device.type}: choose fp32")
-    if precision == 'bf16' and not torch.cuda.is_bf16_supported(): raise ValueError("this GPU has no bf16 arithmetic: choose precision fp16")
+    if device.type != 'cuda':
+        raise ValueError(f"precision {precision!r} needs a CUDA GPU and the device is {device.type}: choose fp32")
+    if precision == 'bf16' and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bf16 arithmetic: choose precision fp16")
     return MixedPrecision(amp_mode=precision)
 
 # %% ../nbs/710_train.ipynb #aa09e0b0
@@ -105,17 +113,19 @@ def fit_recipe(
     cbs: list|None = None # further callbacks for this fit
 ) -> str|None: # why it stopped early; `None` when it went to the end
     "Fit `learn` as recipe `r` says: its schedule, plateau, early stop."
-    plateau = [PlateauLR(r.monitor, factor=r.plateau_factor, patience=r.plateau_patience)] if r.plateau_patience >= 0 else []
-    stop = [EarlyStop(r.monitor, patience=r.stop_patience)] if r.stop_patience > 0 else []
-    schedules[r.schedule](learn, r, [*(cbs or []), *plateau, *stop])
-    return stop[0].reason if stop else None
+    cbs, stop = list(cbs or []), None
+    if r.plateau_patience >= 0: cbs.append(PlateauLR(r.monitor, factor=r.plateau_factor, patience=r.plateau_patience))
+    if r.stop_patience > 0: cbs.append(stop := EarlyStop(r.monitor, patience=r.stop_patience))
+    schedules[r.schedule](learn, r, cbs)
+    return stop.reason if stop else None
 
 schedules = {
     'constant':  lambda learn, r, cbs: learn.fit(r.epochs, r.lr, wd=r.wd, cbs=cbs),
     'one-cycle': lambda learn, r, cbs: learn.fit_one_cycle(r.epochs, r.lr, wd=r.wd, cbs=cbs),
     'flat-cos':  lambda learn, r, cbs: learn.fit_flat_cos(r.epochs, r.lr, wd=r.wd, cbs=cbs),
     'fine-tune': lambda learn, r, cbs: learn.fine_tune(r.epochs, r.lr, freeze_epochs=r.freeze_epochs, wd=r.wd, cbs=cbs),
-    'warm-restarts': lambda learn, r, cbs: fit_warm_restarts(learn, r.restart_epochs, r.restart_mult, r.epochs, lr=r.lr, wd=r.wd, cbs=cbs),
+    'warm-restarts': lambda learn, r, cbs: fit_warm_restarts(learn, r.restart_epochs, r.restart_mult, r.epochs,
+                                                             lr=r.lr, wd=r.wd, cbs=cbs),
 }
 
 check_choices('schedule', schedules)
@@ -124,8 +134,8 @@ check_choices('schedule', schedules)
 def _digest(dls: DataLoaders) -> str:
     "A fingerprint of classes, images and their labels, in order; the same wherever the folder is."
     root, lines = os.path.abspath(dls.path), list(dls.vocab)
-    for ds in (dls.train_ds, dls.valid_ds):
-        lines += ['', *(f'{Path(os.path.relpath(os.path.abspath(s.path), root)).as_posix()}\t{s.label}' for s in ds.items)]
+    name = lambda path: Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
+    for ds in (dls.train_ds, dls.valid_ds): lines += ['', *(f'{name(s.path)}\t{s.label}' for s in ds.items)]
     return hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
 
 def _surroundings(dls: DataLoaders) -> dict:
@@ -143,11 +153,12 @@ def _need_space(folder: Path, learn: Learner):
     need = 9*sum(p.numel()*p.element_size() for p in learn.model.parameters())
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(f"{str(folder)!r} has {free/1e6:.0f} MB free and this run needs {need/1e6:.0f} MB: make room or choose another --out")
+        raise OSError(f"{str(folder)!r} has {free/1e6:.0f} MB free and this run needs {need/1e6:.0f} MB: "
+                      "make room or choose another --out")
 
 # %% ../nbs/710_train.ipynb #69ed58c4
 def _quick_check(dls: DataLoaders):
-    "Look at every file's header, at class counts and twins; print what deserves a look, and stop where training would fail."
+    "Look at file headers, class counts and twins: print what deserves a look, stop where training would fail."
     found = check_samples(dls.train_ds.items, dls.valid_ds.items, dls.path).findings
     bad = [f for f in found if f.kind.startswith('unreadable')]
     grave = [f for f in found if f.level != 'note' and f not in bad]
@@ -161,18 +172,22 @@ def _quick_check(dls: DataLoaders):
 def _draw(learn: Learner, run: Path, monitor: str):
     "Draw the curves of the epochs that have ended."
     if not learn.run_history.rows: return
-    with atomic_path(run_file(run, 'curves')) as tmp: plot_curves(learn, monitor=monitor).savefig(tmp, format='png', dpi=110)
+    with atomic_path(run_file(run, 'curves')) as tmp:
+        plot_curves(learn, monitor=monitor).savefig(tmp, format='png', dpi=110)
 
 def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool) -> dict:
     "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
-    learn.run_history.csv, keep = run_file(run, 'history'), KeepModel(r.monitor, file=run_file(run, 'model'))
-    checkpoint, start = Checkpoint(run_file(run, 'state'), resume=resume), time.perf_counter()
+    learn.run_history.csv = run_file(run, 'history')
+    keep = KeepModel(r.monitor, file=run_file(run, 'model'))
+    checkpoint = Checkpoint(run_file(run, 'state'), resume=resume)
+    start = time.perf_counter()
     done = checkpoint.saved['learner']['callbacks']['run_history']['rows'] if resume else []
     if done: print(f"going on after epoch {len(done)}", flush=True)
     try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *(cbs or [])])
     finally: _draw(learn, run, r.monitor)
     fmt, seconds = learn.memory_format, time.perf_counter() - start + sum(o['seconds'] for o in done)
-    return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch, 'epochs': len(learn.run_history.rows), 'stopped': stopped,
+    return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
+            'epochs': len(learn.run_history.rows), 'stopped': stopped,
             'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds, 'seconds': round(seconds, 1)}
 
 # %% ../nbs/710_train.ipynb #2984dbae
@@ -195,7 +210,8 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume
         write_env(run, env)
     except BaseException:
         if state.exists():
-            print(f"stopped; to go on after the last finished epoch: mstoolkit train --resume {shlex.quote(str(run))}", flush=True)
+            print("stopped; to go on after the last finished epoch: "
+                  f"mstoolkit train --resume {shlex.quote(str(run))}", flush=True)
         elif not learn.run_history.rows: _take_back(run)
         raise
     shutil.rmtree(state.parent)
@@ -216,7 +232,7 @@ def train(
     out: str|Path|None = None, # the run folder to make; runs/NAME, or the next free runs/NAME-2 … when not given
     *,
     cbs: list|None = None, # further callbacks
-    **source # fields of `DataSource`: train, valid, csv …
+    **source: Any # fields of `DataSource`: train, valid, csv …
 ) -> Learner: # the trained learner with its best weights; its `path` is the run folder
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     r, source = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), data_source(data, **source)
@@ -238,8 +254,9 @@ def train(
 def _check_same(now: dict, was: dict, path: str):
     "Refuse other data; say what else is not as it was."
     if now['data']['digest'] != was['data']['digest']:
-        counts = [f"{d['train']:,} training and {d['valid']:,} validation images of {d['classes']} classes" for d in (was['data'], now['data'])]
-        what = f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else f"{counts[0]} as before, but of other names or labels"
+        told = "{train:,} training and {valid:,} validation images of {classes} classes"
+        then, here = told.format(**was['data']), told.format(**now['data'])
+        what = f"{then} then, {here} now" if then != here else f"{then} as before, but of other names or labels"
         raise ValueError(f"the data in {path!r} has changed since the run began: {what}")
     then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}} for e in (was, now))
     if differs := [f'{k} {then.get(k)} then, {v} now' for k, v in here.items() if v != then.get(k)]:
@@ -256,7 +273,8 @@ def resume_run(
     run = Path(run)
     stopped_run(run)
     with one_writer(run):
-        env, r = stopped_run(run), load_recipe(run_file(run, 'recipe'))  # once more: another process may just have ended it
+        env = stopped_run(run)  # once more: another process may just have ended it
+        r = load_recipe(run_file(run, 'recipe'))
         source = data_source(run_file(run, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
         clear_leftovers(run)
         learn = _prepare(r, source)

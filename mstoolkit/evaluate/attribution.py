@@ -11,6 +11,7 @@ __all__ = ['scale_vectors', 'ScaleAttribution', 'scale_attribution', 'overlay', 
 # %% ../../nbs/530_evaluate.attribution.ipynb #7132ec3a
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,7 +26,8 @@ from torch import nn
 
 from ..core import choice
 from .interpret import palette
-from ..models.fusion import FusionHead, GatedHead, MultiScaleModel, PlainHead, PyramidHead, pool_like, pool_weights
+from ..models.fusion import (FusionHead, GatedHead, MultiScaleModel, PlainHead, PyramidHead, pool_like,
+                                     pool_weights)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #7141aa0e
 def _plain_vectors(head: PlainHead, pooled: list, w: torch.Tensor) -> list: return [w]
@@ -40,7 +42,7 @@ def _gated_vectors(head: GatedHead, pooled: list, w: torch.Tensor) -> list:
     return [a[:, None]*(ws @ conv.weight.flatten(1)) for a, conv in zip(head.gated_fusion.gates(vs).T, head.convs)]
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #7f519349
-# head class → function(head, pooled maps, class vectors (B, C)) that returns a (B, C_i) for each map it uses, the deepest last
+# head class → function(head, pooled maps, class vectors (B, C)) → a (B, C_i) for each map it uses, the deepest last
 scale_vectors = {PlainHead: _plain_vectors, PyramidHead: _pyramid_vectors, GatedHead: _gated_vectors}
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #7bbe2336
@@ -52,19 +54,23 @@ def _parts(model) -> tuple[nn.Module, list|None]:
 
 def _linear_head(net: nn.Module) -> nn.Module:
     "The head of `net`, if its logits are a sum over positions."
-    why = None
-    if not isinstance(net, MultiScaleModel): why = f"{type(net).__name__} is not a model of `multiscale_model`"
-    elif type(net[1]) not in scale_vectors: why = f"the logits of a {type(net[1]).__name__} are not a sum over positions"
-    elif isinstance(net[1], FusionHead) and not net[1].collapses: why = f"with act={net[1].act!r} the logits are not a sum over positions"
+    head, why = net[1] if isinstance(net, MultiScaleModel) else None, None
+    if head is None: why = f"{type(net).__name__} is not a model of `multiscale_model`"
+    elif type(head) not in scale_vectors: why = f"the logits of a {type(head).__name__} are not a sum over positions"
+    elif isinstance(head, FusionHead) and not head.collapses:
+        why = f"with act={head.act!r} the logits are not a sum over positions"
     if why: raise ValueError(f"there is no exact attribution: {why}; use grad_cam(model, x, target)")
-    return net[1]
+    return head
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #17b3e4ce
 def _class_index(c, classes: list|None, n_out: int) -> int:
     "The index of a class given by name or index."
     if isinstance(c, str):
-        if classes is None: raise ValueError(f"a bare network has no names of classes such as {c!r}: give a learner, a Classifier or an index")
-        return [str(o) for o in classes].index(choice(c, [str(o) for o in classes], 'class'))
+        if classes is None:
+            raise ValueError(f"a bare network has no names of classes such as {c!r}: "
+                             "give a learner, a Classifier or an index")
+        names = [str(o) for o in classes]
+        return names.index(choice(c, names, 'class'))
     if not 0 <= int(c) < n_out: raise ValueError(f"class {int(c)} is out of range: the model has {n_out} classes")
     return int(c)
 
@@ -72,7 +78,8 @@ def _class_indices(target, classes: list|None, n_out: int, bs: int) -> torch.Ten
     "One class index for each image, from one class or one for each."
     many = not isinstance(target, str) and np.ndim(target) > 0
     idx = [_class_index(o, classes, n_out) for o in (target if many else [target])]
-    if many and len(idx) != bs: raise ValueError(f"there are {len(idx)} targets and {bs} images: give one class, or one for each image")
+    if many and len(idx) != bs:
+        raise ValueError(f"there are {len(idx)} targets and {bs} images: give one class, or one for each image")
     return torch.tensor(idx).expand(bs) if len(idx) == 1 else torch.tensor(idx)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #e5a4a117
@@ -87,22 +94,24 @@ class ScaleAttribution:
     gates: torch.Tensor|None = None # (B, scales), with a gated head
 
     @property
-    def totals(self) -> torch.Tensor: # (B, scales), what each scale adds in all
+    def totals(self) -> torch.Tensor: # (B, scales)
+        "What each scale adds in all."
         return torch.stack([m.sum((1, 2)) for m in self.maps], 1)
 
     @property
-    def shares(self) -> torch.Tensor: # (B, scales), how much of what was added or taken away came from each scale; they sum to 1
+    def shares(self) -> torch.Tensor: # (B, scales), each row sums to 1
+        "How much of what was added or taken away came from each scale."
         t = self.totals.abs()
         return t/t.sum(1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #4ce52ec4
 @torch.no_grad()
 def scale_attribution(
-    model, # a learner, a `Classifier`, or a network from `multiscale_model`
+    model: Any, # a learner, a `Classifier`, or a network from `multiscale_model`
     x: torch.Tensor, # normalised images (B, C, H, W)
-    target = None, # class, by name or index, or one for each image; the predicted class when not given
+    target: str|int|Sequence|None = None, # class, by name or index, or one for each image; the predicted one by default
     *,
-    compare: tuple|None = None # two classes: attribute logit_1 − logit_2 instead. The second may be None, for the mean of all other classes
+    compare: tuple|None = None # two classes: attribute logit_1 − logit_2; `None` as second: the mean of all others
 ) -> ScaleAttribution: # of the model in evaluation mode
     "Take a logit apart into a map for each scale. The maps and the bias sum to it."
     net, classes = _parts(model)
@@ -115,7 +124,8 @@ def scale_attribution(
         net.eval()
         xs = net[0](x.to(fc.weight.device))
         logits = head(xs)
-        y = logits.argmax(1) if target is None else _class_indices(target, classes, fc.out_features, len(x)).to(logits.device)
+        if target is None: y = logits.argmax(1)
+        else: y = _class_indices(target, classes, fc.out_features, len(x)).to(logits.device)
         sel = nn.functional.one_hot(y, fc.out_features).to(logits.dtype) # which mix of the logits is taken apart
         if compare is not None: sel = sel - _opposite(compare[1], sel, classes)
         pooled = [pool_like(o, xs[0]) for o in xs]
@@ -124,8 +134,8 @@ def scale_attribution(
     finally:
         for m, training in mode: m.training = training
     xs = xs[-len(vectors):]
-    return ScaleAttribution([_contributions(o, v, xs[0]) for o, v in zip(xs, vectors)], sel @ fc.bias, (sel*logits).sum(1), y,
-                            net[0].strides[-len(xs):], gates)
+    maps = [_contributions(o, v, xs[0]) for o, v in zip(xs, vectors)]
+    return ScaleAttribution(maps, sel @ fc.bias, (sel*logits).sum(1), y, net[0].strides[-len(xs):], gates)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #134cb981
 def _opposite(c, sel: torch.Tensor, classes: list|None) -> torch.Tensor: # (B, classes)
@@ -171,24 +181,27 @@ def plot_attribution(
 ) -> Figure: # a row for each image: the image, then an overlay for each scale
     "Draw what each scale saw: red speaks for the class, blue against it."
     n, k = len(attr.bias), len(attr.maps)
-    dense = [m.detach().float().cpu().numpy()*m[0].numel() for m in attr.maps] # per area, so that scales of different resolution compare
+    # per area, so that scales of different resolution compare
+    dense = [m.detach().float().cpu().numpy()*m[0].numel() for m in attr.maps]
     fig = Figure(figsize=(width*(k+1)+.8, width*n*1.16+.35), layout='constrained')
     axs = fig.subplots(n, k+1, squeeze=False)
     for i, row in enumerate(axs):
         im, top = _rgb(images[i]), max(np.abs(d[i]).max() for d in dense) or 1
+        title = f'logit {attr.logit[i]:+.2f}, bias {attr.bias[i]:+.2f}' if titles is None else titles[i]
         row[0].imshow(im)
-        row[0].set_title(titles[i] if titles is not None else f'logit {attr.logit[i]:+.2f}, bias {attr.bias[i]:+.2f}', fontsize=8)
+        row[0].set_title(title, fontsize=8)
         for ax, d, stride, total, share in zip(row[1:], dense, attr.strides, attr.totals[i], attr.shares[i]):
             ax.imshow(overlay(im, d[i], top))
             ax.set_title(f'stride {stride}: {total:+.2f} ({share:.0%})', fontsize=8)
         bar = fig.colorbar(ScalarMappable(Normalize(-top, top), 'RdBu_r'), ax=list(row), shrink=.75, aspect=14, pad=.01)
-        bar.set_label('logit per image area', fontsize=7); bar.ax.tick_params(labelsize=7)
+        bar.set_label('logit per image area', fontsize=7)
+        bar.ax.tick_params(labelsize=7)
     for ax in axs.flat: ax.set(xticks=[], yticks=[])
     return fig
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #3de289cc
 def scale_shares(
-    model, # a learner, a `Classifier` or a network with a plain, pyramid or gated head
+    model: Any, # a learner, a `Classifier` or a network with a plain, pyramid or gated head
     dl: Iterable, # batches of (normalised images, labels); `learn.dls.valid`
 ) -> pd.DataFrame: # a row for each class: n, share_STRIDE for each scale and, with a gated head, gate_STRIDE
     "Mean share of each scale, and mean gates, for each class: of its logit against the mean of all others."
@@ -207,7 +220,7 @@ def scale_shares(
 # %% ../../nbs/530_evaluate.attribution.ipynb #fe99f2e5
 def plot_shares(
     df: pd.DataFrame # from `scale_shares`
-) -> Figure:
+) -> Figure: # a bar for each class and, with a gated head, its gates beside it
     "Draw each class's shares of the scales as a bar, sorted by the finest scale's, and its gates as points."
     share, gate = df.filter(regex='^share_'), df.filter(regex='^gate_')
     order = share.iloc[:, 0].sort_values().index
@@ -220,7 +233,9 @@ def plot_shares(
         left += share[name].to_numpy()
     axs[0, 0].set(xlim=(0, 1), xlabel='share of the class logit', ylim=(-.6, len(df)-.4))
     for c, mark, name in zip(palette, 'o^sDvP', gate): axs[0, 1].plot(gate[name], y, mark, ms=5, mfc='none', color=c)
-    if gate.shape[1]: axs[0, 1].set(xlim=(-.03, 1.03), xlabel='gate'); axs[0, 1].grid(axis='x', alpha=.3)
+    if gate.shape[1]:
+        axs[0, 1].set(xlim=(-.03, 1.03), xlabel='gate')
+        axs[0, 1].grid(axis='x', alpha=.3)
     axs[0, 0].set_yticks(y, order, fontsize=min(8, 900/len(df)))
     fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=6, frameon=False, fontsize=8)
     return fig
@@ -239,9 +254,9 @@ class _Tapped(nn.Module):
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #4388183e
 def grad_cam(
-    model, # a learner, a `Classifier` or any network that returns logits
+    model: Any, # a learner, a `Classifier` or any network that returns logits
     x: torch.Tensor, # normalised images (B, C, H, W)
-    target = None, # class, by name or index, or one for each image; the predicted class when not given
+    target: str|int|Sequence|None = None, # class, by name or index, or one for each image; the predicted one by default
     *,
     stage: int = -1, # which of the backbone's maps to look at
     layer: nn.Module|None = None, # the layer to look at, in a network that is not from `multiscale_model`
@@ -249,11 +264,14 @@ def grad_cam(
 ) -> torch.Tensor: # (B, H, W), each image's map from 0 to 1
     "Where a network looked, by the gradient of the logit: for any model, and only a heuristic."
     try: import pytorch_grad_cam as cams
-    except ImportError as e: raise ImportError("Grad-CAM comes with the grad-cam package, which is not installed: pip install mstoolkit[cam]") from e
+    except ImportError as e:
+        raise ImportError("Grad-CAM comes with the grad-cam package, which is not installed: "
+                          "pip install mstoolkit[cam]") from e
     choice(method, [o for o in dir(cams) if o.endswith('CAM') or o.endswith('CAMPlusPlus')], 'method')
     net, classes = _parts(model)
     multi = isinstance(net, MultiScaleModel) and layer is None
-    if not multi and layer is None: raise ValueError(f"{type(net).__name__} is not from `multiscale_model`: name the layer to look at with layer=")
+    if not multi and layer is None:
+        raise ValueError(f"{type(net).__name__} is not from `multiscale_model`: name the layer to look at with layer=")
     net, training = _Tapped(net, stage) if multi else net, net.training
     x = x.to(next(net.parameters()).device)
     try:
