@@ -64,4 +64,4 @@ docs-serve: $(STAMP)
 	$(BIN)/python docs/build.py --serve
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis
