@@ -223,6 +223,6 @@ def stage(to: Path, p: Project) -> list[Page]:
 
 
 def write_home(file: Path, ps: list[Page], links: Links):
-    "The landing page shows where one can go."
-    home = file.read_text(encoding='utf-8')
-    file.write_text(home.replace('{{ tabs }}', cards(ps, page('index.html', '', ''), links)), encoding='utf-8')
+    "The landing page shows where one can go, and where to start."
+    home, where = file.read_text(encoding='utf-8'), cards(ps, page('index.html', '', ''), links)
+    file.write_text(home.replace('{{ tabs }}', where).replace('{{ start }}', ps[0].md), encoding='utf-8')

@@ -140,7 +140,8 @@ class Links:
             if picture and not label.strip():
                 raise DocsError(f"{page.source}: the picture {target!r} has no alternative text: ![what is on it](…)")
             to = self.resolve(page, target)
-            attrs = picture_attrs(self.stage/page.folder/to) if picture and ':' not in to else ''
+            file = Path(os.path.normpath(self.stage/page.folder/to))
+            attrs = picture_attrs(file) if picture and ':' not in to else ''
             return f"{'!' if picture else ''}[{label}]({to}{title}){attrs}"
         return text.each_link(md, one)
 

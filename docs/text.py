@@ -1,7 +1,7 @@
 "Markdown as text: what of it is prose, code, a link; formulas; what a terminal leaves behind."
 import re
 from collections.abc import Callable
-from html import escape, unescape
+from html import escape
 
 _fence = re.compile(r'^\s*(`{3,}|~{3,})')
 _block = re.compile(r'^(`{3,}).*?^\1$', re.M | re.S)
@@ -80,13 +80,14 @@ def escape_tags(md: str) -> str:
 def _mathml(tex: str, display: str = 'inline') -> str:
     from latex2mathml.converter import convert
     alt = escape(' '.join(tex.split())).replace('\\', '&#92;').replace('_', '&#95;').replace('*', '&#42;')
-    return unescape(convert(tex, display=display)).replace('<math', f'<math alttext="{alt}"', 1)
+    return convert(tex, display=display).replace('<math', f'<math alttext="{alt}"', 1)
 
 
 def formulas(md: str) -> str:
     "TeX between dollars as MathML, which browsers draw themselves."
     md = _display.sub(lambda m: f'<div class="math">{_mathml(m[1], "block")}</div>', md)
-    return prose(md, lambda line: outside_code(line, lambda o: _formula.sub(lambda m: _mathml(m[1]), o)))
+    one = lambda o: _formula.sub(lambda m: _mathml(m[1]), o).replace('\\$', '$')
+    return prose(md, lambda line: outside_code(line, one))
 
 
 def fenced(code: str, lang: str = 'python', attrs: str = '') -> str:

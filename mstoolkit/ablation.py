@@ -91,7 +91,7 @@ def load_study(
 @dataclass(frozen=True)
 class Job:
     "One run of a study."
-    cell: str
+    cell: str # the name of its cell
     recipe: Recipe # with its seed
     folder: Path # the run folder to make
 

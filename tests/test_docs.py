@@ -1,5 +1,6 @@
 "The documentation site: built from the notebooks, complete, without dead links, missing pictures or errors in a browser."
 import functools
+import gzip
 import http.server
 import json
 import os
@@ -25,6 +26,7 @@ import reference  # noqa: E402
 import text as texts  # noqa: E402
 from mstoolkit._modidx import d as index  # noqa: E402
 from mstoolkit.cli import app  # noqa: E402
+from nbdev.config import nbpath2html  # noqa: E402
 
 SOURCES = [o for o in ROOT.iterdir() if o.name in 'nbs mstoolkit docs benchmarks examples tests'.split() or o.is_file()]
 modules = [m for m in index['syms'] if not m.rpartition('.')[2].startswith('_')]
@@ -203,6 +205,25 @@ def test_outputs_are_what_a_terminal_would_show():
     assert texts.terminal(text) == 'epoch  loss\n0      1.25\nwhole'
 
 
+def test_formulas_become_mathml():
+    md = texts.formulas('$x_i < y$ costs \\$5 or $6, `$a$`, 7$ and $\n\n$$\n\\sum_i a_i\n$$')
+    assert md.count('<math') == 2 and 'costs $5 or $6, `$a$`, 7$ and $' in md and 'display="block"' in md
+    assert '<mo><' not in md and 'alttext="x&#95;i &lt; y"' in md
+
+
+def test_a_notebook_in_the_right_place_appears_in_the_right_place():
+    page = lambda source, module='': linking.Page(Path(source), nbpath2html(Path(source[4:])).as_posix(), source, module=module)
+    books = [page('nbs/110_data.image.ipynb', 'data.image'), page('nbs/300_study.ipynb'), page('nbs/900_all.ipynb', 'all'),
+             page('nbs/howto/010_resume.ipynb'), page('nbs/index.ipynb'), page('nbs/my_notes/010_x.ipynb'), page('nbs/010_data.core.ipynb', 'data.core')]
+    assert [assemble.tab(p) for p in books] == ['reference', 'tutorials', 'reference', 'howto', '', 'my_notes', 'reference']
+    assert [*assemble.rooms([p for p in books if p.module])] == ['', 'data']
+    assemble.place_readme(books)
+    assert books[4].out == 'start.html' and assemble.tab(books[4]) == 'start'
+    books = [page('nbs/index.ipynb'), page('nbs/start/010_install.ipynb')]
+    assemble.place_readme(books)
+    assert books[0].out == 'readme.html' and assemble.tab(books[0]) == ''
+
+
 def test_redirects_keep_the_anchor(tmp_path, monkeypatch):
     (tmp_path/'new').mkdir(); (tmp_path/'new'/'page.html').touch()
     monkeypatch.setattr(build, 'redirects', lambda: {'old/page.html': 'new/page.html', 'gone.html': 'nowhere.html'})
@@ -230,6 +251,17 @@ def test_title_cells_hold_title_and_subtitle_alone(notebook):
     if notebook.name == 'index.ipynb': return
     source = ''.join(json.loads(notebook.read_text())['cells'][0]['source'])
     assert re.fullmatch(r'# [^\n]+\n+> [^\n]+\n*', source), f'what follows the subtitle needs a cell of its own: {source[:200]!r}'
+
+
+@pytest.mark.xfail(strict=True, reason="39 pictures still make do with the code that drew them")
+def test_pictures_of_notebooks_have_a_text_of_their_own():
+    "`#| fig-alt: …` in the cell that draws; the site falls back on the cell's last line."
+    lack = []
+    for f in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        for i, c in enumerate(json.loads(f.read_text(encoding='utf-8'))['cells']):
+            drawn = any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {}))
+            if drawn and '#| fig-alt:' not in ''.join(c['source']): lack.append(f'{f.name} cell {i}')
+    assert not lack
 
 
 # --- in a browser ---
@@ -328,9 +360,15 @@ def test_accessibility(site, served, browser, scheme):
     assert not wrong
 
 
+def sent(response) -> int:
+    "Bytes of an answer as servers of static pages send it: text compressed, pictures as they are."
+    body, kind = response.body(), response.headers.get('content-type', '')
+    return len(gzip.compress(body)) if kind.startswith(('text', 'application')) else len(body)
+
+
 def test_landing_page_is_light(served, browser):
     page, total = browser.new_page(), []
-    page.on('response', lambda r: total.append(len(r.body())))
+    page.on('response', lambda r: total.append(sent(r)))
     page.goto(served + 'index.html', wait_until='networkidle')
     page.close()
-    assert sum(total) < 1_000_000
+    assert sum(total) < 600_000

@@ -410,7 +410,7 @@ def read_classes(
 
 # %% ../../nbs/160_data.sources.ipynb #3c77c030
 def are_numbers(
-    labels: Iterable[str],
+    labels: Iterable[str], # as the data gives them
     names: list[str] # of the classes
 ) -> bool:
     "Whether labels are numbers of classes, not names."
