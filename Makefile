@@ -1,5 +1,5 @@
 # Everything runs from a fresh clone: each target makes the environment when it is missing.
-# Needs Python 3.10 or newer and make; `make PYTHON=python3.12 test` chooses another interpreter.
+# Needs Python 3.10 to 3.14 and make; `make PYTHON=python3.12 test` chooses another interpreter.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -14,14 +14,15 @@ export NO_ALBUMENTATIONS_UPDATE = 1
 
 help:
 	@echo "make demo       train on the built-in figures, predict the test folder, draw the curves (in demo/)"
-	@echo "make test       the notebooks, the tests, the linter and a built wheel"
+	@echo "make test       the notebooks, the tests, the linter, the type checker and a built wheel"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make library    write mstoolkit/ and README.md from nbs/"
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make docs       build the documentation site (in _docs/); make docs-serve shows it and follows your edits"
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mstoolkit needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15) and "mstoolkit needs Python 3.10 to 3.14, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) has no venv module: apt install python3-venv, or make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes and 7 GB the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(CONSTRAINTS) -e '.[dev]'
@@ -42,6 +43,7 @@ test-cuda: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/flake8
+	$(BIN)/mypy
 
 library: $(STAMP)
 	$(BIN)/nbdev-export
@@ -64,4 +66,4 @@ docs-serve: $(STAMP)
 	$(BIN)/python docs/build.py --serve
 
 clean:
-	rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	rm -rf build dist _docs _proc *.egg-info .pytest_cache .hypothesis .mypy_cache

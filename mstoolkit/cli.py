@@ -11,16 +11,19 @@ __all__ = ['app', 'plain_options', 'train_command', 'predict', 'check', 'convert
 # %% ../nbs/810_cli.ipynb #0f234a9b
 import inspect
 import os
+import platform
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from . import __version__
 from .core import check_new, write_text
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
@@ -28,8 +31,28 @@ from .recipe import PlainData, Recipe, load_recipe, recipes
 # %% ../nbs/810_cli.ipynb #c64b4d86
 app = typer.Typer(
     help="Train multi-scale image classifiers: from a folder of images to a model, a submission CSV and curves.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     context_settings={'help_option_names': ['-h', '--help']})
+
+def _show_version(asked: bool):
+    if not asked: return
+    libraries = ', '.join(f'{o} {installed(o)}' for o in ('fastai', 'timm', 'torch'))
+    print(f'mstoolkit {__version__} (Python {platform.python_version()}, {libraries})')
+    raise typer.Exit()
+
+@app.callback()
+def _common(version: Annotated[bool, typer.Option('--version', callback=_show_version, is_eager=True,
+                                                   help="Show what is installed and exit.")] = False): pass
+
+# %% ../nbs/810_cli.ipynb #6ba361a2
+_names = dict(
+    recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
+    head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'strong', 'upright', 'shift'),
+    device=('auto', 'cpu', 'cuda', 'mps'), on_bad=('error', 'skip'), data=('navon', 'digits', 'fashion-mnist'))
+
+def _complete(names: tuple) -> Callable: # typer keeps those that begin as the word that was begun
+    "What completes a word; where no name does, the shell goes on with files."
+    return lambda: list(names)
 
 # %% ../nbs/810_cli.ipynb #fdc58a3c
 _types = {str: str, int: int, float: float, bool: bool, tuple: str, list: str}
@@ -45,8 +68,10 @@ def _option(f, panel: str) -> inspect.Parameter:
     "The command-line option of field `f`; it has no default of its own, the recipe has."
     m, flag = f.metadata, f.name.replace('_', '-')
     names = [f'--{flag}/--no-{flag}'] if m['kind'] is bool else [f'--{flag}']
+    known = m['choices'] or _names.get(f.name)
     opt = typer.Option(*names, help=m['help'], rich_help_panel=panel.format(**m), show_default=False,
-                       metavar='|'.join(m['choices']) if m['choices'] else None)
+                       metavar='|'.join(m['choices']) if m['choices'] else None,
+                       autocompletion=_complete(known) if known else None)
     kind = Optional[_types[m['kind']]]
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, opt])
 
@@ -106,7 +131,8 @@ def train_command(
     recipe_fields: dict, # the recipe's options
     source_fields: dict, # the data's options
     data: Annotated[Optional[Path], typer.Argument(help=_data_help)] = None,
-    recipe: Annotated[str, typer.Option('--recipe', '-r', help=f"{', '.join(recipes)}, or a .toml file")] = 'gate',
+    recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(_names['recipe']),
+        help=f"{', '.join(recipes)}, or a .toml file")] = 'gate',
     out: Annotated[Optional[Path], typer.Option('--out', '-o',
         help="run folder to make; runs/RECIPE, or the next free one")] = None,
     resume: Annotated[Optional[Path], typer.Option(
@@ -133,11 +159,12 @@ def predict(
         help="also write the confidence of the predicted class")] = False,
     zip: Annotated[bool, typer.Option('--zip',
         help="write a .zip that holds the CSV, for competition servers")] = False,
-    on_bad: Annotated[str, typer.Option(
+    on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
         help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
     bs: Annotated[int, typer.Option(help="images in a batch")] = 64,
     num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
+    device: Annotated[str, typer.Option(autocompletion=_complete(_names['device']),
+        help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
 ):
     "Classify a folder of images into a CSV."
     file = check_new(out.with_suffix('.zip') if zip else out)
@@ -193,9 +220,9 @@ def ablate(
     recipe_fields: dict, # the recipe's options
     source_fields: dict, # the data's options
     data: Annotated[Path, typer.Argument(help=_data_help)],
-    study: Annotated[str, typer.Option('--study', '-s',
-        help="loss-mix, fusion, mix-prob, backbones, or a .toml file")] = 'fusion',
-    recipe: Annotated[str, typer.Option('--recipe', '-r',
+    study: Annotated[str, typer.Option('--study', '-s', autocompletion=_complete(_names['study']),
+        help=f"{', '.join(_names['study'])}, or a .toml file")] = 'fusion',
+    recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(_names['recipe']),
         help="what the study's cells change: a recipe's name, or a .toml file")] = 'gate',
     out: Annotated[Optional[Path], typer.Option('--out', '-o',
         help="the study's folder, runs/STUDY; one that is there is taken up again")] = None,
@@ -246,7 +273,7 @@ def params(
 # %% ../nbs/810_cli.ipynb #9986864a
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(help="navon, digits or fashion-mnist")],
+    name: Annotated[str, typer.Argument(autocompletion=_complete(_names['data']), help="navon, digits or fashion-mnist")],
     out: Annotated[Path, typer.Argument(help="folder to make")],
 ):
     "Make a folder of images to try things on: navon (drawn), digits (scikit-learn's scans), fashion-mnist."

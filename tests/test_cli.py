@@ -136,6 +136,49 @@ def test_data(tmp_path, capsys):
     assert "did you mean 'digits'" in capsys.readouterr().err and not (tmp_path/'x').exists()
 
 
+def complete(words: str) -> list[str]:
+    "What bash is told when the tab key is pressed after `words`."
+    env = {**os.environ, '_MSTOOLKIT_COMPLETE': 'complete_bash', 'COMP_WORDS': words, 'COMP_CWORD': str(words.count(' '))}
+    code = 'import sys; from mstoolkit.cli import main; main(); print(sorted({"torch", "fastai", "timm", "pandas"} & set(sys.modules)))'
+    *lines, slow = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    assert slow == '[]', 'a shell asks at every press of the key'
+    return [o for o in lines if o]
+
+
+@pytest.mark.parametrize('words,says', [
+    ('mstoolkit tr', ['train']),
+    ('mstoolkit train data --recipe mix-resnet', ['mix-resnet50']),
+    ('mstoolkit train data --recipe mine', []), # and bash goes on with files
+    ('mstoolkit train data --balance ', ['none', 'logit-adjust', 'sampler', 'weights']),
+    ('mstoolkit train data --schedu', ['--schedule']),
+])
+def test_completion(words, says): assert complete(words) == says
+
+
+def test_completion_names_what_there_is():
+    from mstoolkit.ablation import studies
+    from mstoolkit.cli import _names
+    from mstoolkit.data.augment import augment_recipes
+    from mstoolkit.data.make import data_makers
+    from mstoolkit.models.fusion import heads
+    there = dict(study=studies, head=heads, augment=augment_recipes, data=data_makers)
+    assert {k: _names[k] for k in there} == {k: tuple(v) for k, v in there.items()}
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'fish'])
+def test_a_script_for_every_shell(shell):
+    env = {**os.environ, '_MSTOOLKIT_COMPLETE': f'source_{shell}'}
+    out = subprocess.run([sys.executable, '-m', 'mstoolkit'], capture_output=True, text=True, check=True, env=env).stdout
+    assert '_MSTOOLKIT_COMPLETE' in out and 'mstoolkit' in out.split()[-1]
+
+
+def test_version(capsys):
+    import mstoolkit
+    assert main(['--version']) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f'mstoolkit {mstoolkit.__version__} (Python 3') and 'torch' in out and out.count('\n') == 1
+
+
 def test_python_m(): assert 'train' in subprocess.run([sys.executable, '-m', 'mstoolkit', '-h'], capture_output=True, text=True, check=True).stdout
 
 

@@ -7,16 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 try: import tomllib
 except ImportError: import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-SOURCES = 'nbs mstoolkit pyproject.toml README.md LICENSE'.split()
+SOURCES = 'nbs mstoolkit pyproject.toml README.md LICENSE CHANGELOG.md CITATION.cff MANIFEST.in'.split()
+GITHUB = ROOT/'.github'
 
 
 def copy_sources(to: Path):
@@ -56,7 +59,7 @@ def test_settings_ini_says_what_pyproject_says():
     s, p = ini['DEFAULT'], pyproject['project']
     assert s['lib_name'] == s['lib_path'] == p['name']
     assert s['version'] == mstoolkit.__version__
-    assert '>=' + s['min_python'] == p['requires-python']
+    assert p['requires-python'].startswith(f">={s['min_python']},")
     assert s['license'] == p['license']
     nbdev = pyproject['tool']['nbdev']
     assert (s['nbs_path'], s['doc_path'], s['readme_nb']) == tuple(nbdev.get(k, d) for k, d in
@@ -68,17 +71,78 @@ def test_constraints_are_names_and_versions_alone():
         assert line.startswith('#') or line.split(';')[0].count('==') == 1 and '/' not in line and '@' not in line, line
 
 
+def pythons() -> list[str]:
+    "The versions that pyproject.toml names, oldest first."
+    rows = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['classifiers']
+    return [v for o in rows if re.fullmatch(r'3\.\d+', v := o.rpartition(' ')[2])]
+
+
+def test_the_versions_of_python_are_the_same_everywhere():
+    first, *_, last = versions = pythons()
+    after = f"3.{int(last[2:])+1}"
+    assert tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['requires-python'] == f'>={first},<{after}'
+    assert versions == [f'3.{i}' for i in range(int(first[2:]), int(after[2:]))]
+    makefile = (ROOT/'Makefile').read_text()
+    assert f'Python {first} to {last}' in makefile and str(tuple(map(int, after.split('.')))) in makefile
+    jobs = yaml.safe_load((GITHUB/'workflows'/'tests.yml').read_text())['jobs']
+    assert jobs['test']['strategy']['matrix']['python'] == versions
+    assert jobs['install']['strategy']['matrix']['python'] == [first, last]
+
+
+@pytest.mark.parametrize('version', [(3, 9, 1), (3, 15, 0)])
+def test_make_refuses_another_python_in_one_line(version, tmp_path):
+    for f in ('Makefile', 'pyproject.toml', 'constraints.txt'): shutil.copy(ROOT/f, tmp_path)
+    other = tmp_path/'python-other'
+    other.write_text(f"""#!/bin/sh
+exec {sys.executable} -c "import sys; sys.version_info, sys.version = {version}, '{'.'.join(map(str, version))}'; exec(sys.argv.pop())" "$2"
+""")
+    other.chmod(0o755)
+    r = subprocess.run(['make', f'PYTHON={other}', 'demo'], cwd=tmp_path, capture_output=True, text=True)
+    mine = [o for o in r.stderr.splitlines() if not o.startswith('make')]
+    assert r.returncode and len(mine) == 1 and mine[0].startswith('mstoolkit needs Python 3') and 'make PYTHON=' in mine[0]
+    assert not (tmp_path/'.venv').exists()
+
+
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-    tmp = tmp_path_factory.mktemp('wheel')
-    copy_sources(tmp)
-    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp/'dist', cwd=tmp)
-    return next((tmp/'dist').glob('*.whl'))
+def dist(tmp_path_factory):
+    "A folder with what a release uploads: the archive of the sources, and the wheel that is built from it."
+    tmp = tmp_path_factory.mktemp('dist')
+    copy_sources(tmp/'src')
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp/'dist', cwd=tmp/'src')
+    return tmp/'dist'
+
+
+@pytest.fixture(scope='module')
+def wheel(dist): return next(dist.glob('*.whl'))
+
+
+@pytest.fixture(scope='module')
+def sdist(dist): return next(dist.glob('*.tar.gz'))
+
+
+def test_twine_finds_nothing(wheel, sdist):
+    r = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', wheel, sdist], capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout.count('PASSED') == 2, r.stdout
+
+
+def package_files(): return {p.relative_to(ROOT).as_posix() for p in (ROOT/'mstoolkit').rglob('*') if p.suffix in ('.py', '.html') or p.name == 'py.typed'}
 
 
 def test_wheel_holds_every_module_and_template(wheel):
-    packed = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith('mstoolkit/')}
-    assert packed == {p.relative_to(ROOT).as_posix() for p in (ROOT/'mstoolkit').rglob('*') if p.suffix in ('.py', '.html')}
+    assert {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith('mstoolkit/')} == package_files()
+
+
+def test_sdist_holds_the_sources_and_no_more(sdist):
+    with tarfile.open(sdist) as t: names = {n.partition('/')[2] for n in t.getnames() if not t.getmember(n).isdir()}
+    written = {n for n in names if n.startswith('mstoolkit.egg-info/')} | {'PKG-INFO', 'setup.cfg'}
+    assert names - written == package_files() | {'pyproject.toml', 'README.md', 'LICENSE', 'CHANGELOG.md', 'CITATION.cff', 'MANIFEST.in'}
+
+
+def test_the_tree_builds_the_same_wheel_as_the_sdist(wheel, tmp_path):
+    copy_sources(tmp_path)
+    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path/'dist', cwd=tmp_path)
+    a, b = (zipfile.ZipFile(o) for o in (wheel, next((tmp_path/'dist').glob('*.whl'))))
+    assert {n: a.read(n) for n in a.namelist()} == {n: b.read(n) for n in b.namelist()}
 
 
 def test_wheel_works_outside_the_tree(wheel, tmp_path):
@@ -94,3 +158,49 @@ def test_outputs_name_no_machine(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     outputs = json.dumps([c['outputs'] for c in cells if c['cell_type'] == 'code'])
     assert not re.findall(r'site-packages|/(tmp|home|root)/', outputs)
+
+
+def yaml_files(): return sorted([*GITHUB.rglob('*.yml'), ROOT/'CITATION.cff'])
+
+
+@pytest.mark.parametrize('file', yaml_files(), ids=lambda p: p.name)
+def test_yaml_is_well_formed(file): assert isinstance(yaml.safe_load(file.read_text(encoding='utf-8')), dict)
+
+
+@pytest.mark.parametrize('file', sorted((GITHUB/'workflows').glob('*.yml')), ids=lambda p: p.stem)
+def test_workflows_are_whole(file):
+    flow = yaml.safe_load(file.read_text(encoding='utf-8'))
+    assert {'name', True, 'permissions', 'jobs'} <= set(flow), 'YAML reads `on` as True'
+    targets = set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M))
+    for name, job in flow['jobs'].items():
+        assert {'runs-on', 'steps'} <= set(job) and set([job['needs']] if 'needs' in job else []) <= set(flow['jobs']), name
+        for step in job['steps']:
+            assert ('uses' in step) != ('run' in step), step
+            if 'uses' in step: assert re.fullmatch(r'[\w-]+/[\w-]+@[\w./-]+', step['uses'])
+            made = re.match(r'make (?:\w+=\w+ )*([a-z-]+)', step.get('run', ''))
+            assert not made or made[1] in targets, step
+
+
+def test_only_what_publishes_may_write():
+    for file in (GITHUB/'workflows').glob('*.yml'):
+        assert yaml.safe_load(file.read_text())['permissions'] == {'contents': 'read'}, file.name
+    jobs = yaml.safe_load((GITHUB/'workflows'/'release.yml').read_text())['jobs']
+    assert jobs['publish']['permissions'] == {'id-token': 'write'} and 'secrets' not in (GITHUB/'workflows'/'release.yml').read_text()
+
+
+@pytest.mark.parametrize('form', ['bug', 'feature'])
+def test_issue_forms_are_whole(form):
+    d = yaml.safe_load((GITHUB/'ISSUE_TEMPLATE'/f'{form}.yml').read_text(encoding='utf-8'))
+    assert {'name', 'description', 'body'} <= set(d)
+    ids = [o['id'] for o in d['body']]
+    assert len(set(ids)) == len(ids) and all(o['type'] in ('textarea', 'input', 'dropdown') and o['attributes']['label'] for o in d['body'])
+
+
+def test_citation_says_what_the_package_says():
+    import mstoolkit
+    d = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    p = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
+    assert {'cff-version', 'message', 'title', 'authors'} <= set(d) and d['cff-version'] == '1.2.0'
+    assert (d['title'], d['version'], d['license']) == (p['name'], mstoolkit.__version__, p['license'])
+    assert [o['name'] for o in d['authors']] == [o['name'] for o in p['authors']]
+    assert (d['repository-code'], d['url']) == (p['urls']['Repository'], p['urls']['Documentation'])

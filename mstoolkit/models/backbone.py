@@ -61,8 +61,10 @@ def _hub_cached(cfg) -> str|None:
 
 # %% ../../nbs/210_models.backbone.ipynb #30d2d6ef
 def _no_download(name: str, why: str) -> ConnectionError:
+    cfg = get_pretrained_cfg(name)
+    place = f'model.safetensors from https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url
     return ConnectionError(f"cannot download the pretrained weights of {name!r} ({why}): "
-                           "load a local file with weights_file= (--weights-file), "
+                           f"fetch {place} elsewhere and load the file with weights_file= (--weights-file), "
                            "or start from random weights with pretrained=False (--no-pretrained)")
 
 def _pretrained_kw(name: str) -> dict:
