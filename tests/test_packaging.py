@@ -153,7 +153,7 @@ def test_wheel_works_outside_the_tree(wheel, tmp_path):
     assert 'train' in run(sys.executable, '-m', 'mstoolkit', '--help', cwd=tmp_path, env=env).stdout
 
 
-@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('notebook', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
 def test_outputs_name_no_machine(notebook):
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     outputs = json.dumps([c['outputs'] for c in cells if c['cell_type'] == 'code'])
