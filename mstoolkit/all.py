@@ -22,7 +22,9 @@ from .models.backbone import *
 from .models.fusion import *
 from .models.split import *
 from .losses import *
+from .callback.balance import *
 from .callback.checkpoint import *
+from .callback.core import *
 from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
@@ -32,6 +34,8 @@ from .callback.tracker import *
 from .runs import *
 from .evaluate.attribution import *
 from .evaluate.interpret import *
+from .evaluate.interpret import palette
+from .evaluate.stats import verdicts
 from .learner import *
 from .classifier import *
 from .train import *
