@@ -9,6 +9,8 @@ __all__ = ['FORMAT', 'ModelHeader', 'read_header', 'Classifier', 'KeepModel']
 
 # %% ../nbs/620_classifier.ipynb #335be980
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,11 +53,15 @@ class ModelHeader:
                      metrics=dict, versions=dict, format=int)
         for k, kind in kinds.items():
             if not isinstance(getattr(self, k), kind): raise ValueError(f"its {k} is {getattr(self, k)!r}")
-        for k in ('mean', 'std'):
+        for k, ok in dict(mean=math.isfinite, std=lambda o: math.isfinite(o) and o > 0).items():
             v = getattr(self, k)
-            numbers = all(isinstance(o, (int, float)) for o in v)
+            numbers = all(isinstance(o, (int, float)) and ok(o) for o in v)
             if not numbers or len(v) != self.config.get('in_chans', 3): raise ValueError(f"its {k} is {v!r}")
-        n_out = self.config.get('n_out')
+        if not 8 <= self.size <= 4096: raise ValueError(f"its size is {self.size!r}: 8 to 4096 pixels can be used")
+        n_out, backbone = self.config.get('n_out'), self.config.get('backbone')
+        if not isinstance(backbone, str): raise ValueError(f"its backbone is {backbone!r}")
+        if not all(isinstance(o, str) for o in self.classes): raise ValueError("its class names are not all text")
+        if twice := [o for o, n in Counter(self.classes).items() if n > 1]: raise ValueError(f"it names class {twice[0]!r} twice")
         if len(self.classes) != n_out:
             raise ValueError(f"it names {len(self.classes)} classes, and its network has {n_out} outputs")
 
@@ -87,6 +93,21 @@ def read_header(
         raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
     raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: "
                      "update mstoolkit")
+
+# %% ../nbs/620_classifier.ipynb #aed3653e
+def _check_tensors(file: Path, header: ModelHeader):
+    "Compare names and shapes with a sketch of the network, which takes no memory: a wrong or giant one is never built."
+    with safe_open(file, 'pt') as f: has = {k: list(f.get_slice(k).get_shape()) for k in f.keys()}
+    try:
+        with torch.device('meta'): sketch = multiscale_model(**header.config, pretrained=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{str(file)!r} names a network that cannot be made: {e}") from e
+    want = {k: list(v.shape) for k, v in sketch.state_dict().items()}
+    differ = [k for k in {**want, **has} if want.get(k) != has.get(k)]
+    if differ:
+        k = differ[0]
+        raise ValueError(f"{file}: the tensors do not fit the network that the header names ({header.config['backbone']}): "
+                         f"{k} is {has.get(k, 'missing')} in the file and {want.get(k, 'not')} in the network")
 
 # %% ../nbs/620_classifier.ipynb #ee6c7275
 @dataclass(frozen=True)
@@ -124,14 +145,12 @@ class Classifier:
         file = _model_file(path)
         if file.suffix in ('.pt', '.pth'): return cls.from_report_a(file, device=device)
         header = read_header(file)
+        _check_tensors(file, header)
         with safe_open(file, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
-        try: model = multiscale_model(**header.config, pretrained=False)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"{str(file)!r} names a network that cannot be made: {e}") from e
-        try: model.load_state_dict(state)
-        except RuntimeError as e:
-            raise ValueError(f"{path}: the tensors do not fit the network that the header names "
-                             f"({header.config['backbone']}): {str(e).splitlines()[-1].strip()}") from e
+        if odd := next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), None):
+            raise ValueError(f"{str(file)!r} holds weights that are no finite numbers ({odd}): its training went wrong")
+        model = multiscale_model(**header.config, pretrained=False)
+        model.load_state_dict(state)
         return cls(model.to(device).eval(), header)
 
     def batches(self,

@@ -36,7 +36,10 @@ def predict_probs(
         bad.update(errors)
         good += ok
         if len(ok):
-            with torch.inference_mode(): probs.append(model(x).float().softmax(1).cpu())
+            with torch.inference_mode(): p = model(x).float().softmax(1).cpu()
+            if len(odd := (~p.isfinite().all(1)).nonzero()):
+                raise ValueError(f"{ok[int(odd[0])]}: the probabilities are not numbers: is the model damaged?")
+            probs.append(p)
     return torch.cat(probs) if probs else torch.empty(0, len(clf.header.classes)), good, bad
 
 # %% ../nbs/720_predict.ipynb #9cf77202
