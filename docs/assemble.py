@@ -207,7 +207,7 @@ def stage(to: Path, p: Project) -> list[Page]:
     last = [markdown_page(ROOT/f'{o.upper()}.md', f'{o}.html') for o in ('changelog', 'contributing')]
     files = [*books, *bench, *last]
     links = Links(ROOT, src, files, p.name, p.blob, commands.functions(app), names_of_others(p.needs))
-    for o in files: o.body = notebooks.body(o, links) if o in books else links.prose(o, o.body)
+    write_bodies(files, links)
     cmds = page('commands.html', 'Commands', 'Every command of the command line, with every option')
     cmds.body = links.link_names(cmds, commands.commands_markdown(app, p.name))
     names = [o for o in dict.fromkeys([*TABS, *map(tab, books), 'reference']) if o]
@@ -220,6 +220,15 @@ def stage(to: Path, p: Project) -> list[Page]:
     for o in every: write_page(o, src, links)
     write_config(to, p, menu(tabs, under, ref, cmds, bench, last))
     return every
+
+
+def write_bodies(files: list[Page], links: Links):
+    "The Markdown of all pages that are files; one error tells the first mistake of each."
+    wrong = []
+    for o in files:
+        try: o.body = notebooks.body(o, links) if o.cells else links.prose(o, o.body)
+        except DocsError as e: wrong.append(str(e))
+    if wrong: raise DocsError('\n      '.join(wrong))
 
 
 def write_home(file: Path, ps: list[Page], links: Links):
