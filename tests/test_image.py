@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mstoolkit.data.image import ImageError, bad_kinds, decode_image, image_header, pil_rgb, read_image, to_rgb
 from mstoolkit.data.sources import image_files
@@ -99,6 +99,43 @@ def test_pil_modes(mode):
     out = pil_rgb(im)
     ref = Image.fromarray(RGB).convert('L') if mode in 'IF' else im.convert({'La': 'LA', 'RGBa': 'RGBA'}.get(mode, mode))
     assert abs(out.astype(int)-np.asarray(ref.convert('RGB'))).mean() < 1.5
+
+
+def png_with_chunk(kind, body, after=True):
+    "A picture whose PNG says in another chunk how it is turned."
+    import zlib
+    data = save(RGB, 'PNG')
+    chunk = len(body).to_bytes(4, 'big') + kind + body + zlib.crc32(kind+body).to_bytes(4, 'big')
+    at = data.rindex(b'IEND')-4 if after else data.index(b'IDAT')-4
+    return data[:at] + chunk + data[at:]
+
+
+EXIF = Image.Exif()
+EXIF[0x112] = 6  # to be turned by 90°
+
+
+@pytest.mark.parametrize('after', [True, False])
+@pytest.mark.parametrize('how', ['eXIf', 'raw profile'])
+def test_png_orientation_wherever_it_stands(how, after):
+    exif = EXIF.tobytes()
+    if how == 'eXIf': data = png_with_chunk(b'eXIf', exif[6:], after)
+    else: # ImageMagick's: a text of hexadecimal digits
+        lines = f'\nexif\n{len(exif):8}\n{exif.hex()}\n'
+        data = png_with_chunk(b'tEXt', b'Raw profile type exif\0' + lines.encode('latin1'), after)
+    with Image.open(BytesIO(data)) as im: ref = np.asarray(ImageOps.exif_transpose(im).convert('RGB'))
+    assert ref.shape == RGB.transpose(1, 0, 2).shape
+    assert np.array_equal(decode_image(data), ref)
+
+
+DARK = (np.arange(4800).reshape(60, 80) % 200).astype(np.uint16)  # of 65,536 levels
+
+
+def test_the_scale_is_the_types_not_the_images():
+    for fmt in ('PNG', 'TIFF'): assert decode_image(save(DARK, fmt)).max() <= 1
+    faint = (RGB[..., 0]/2550).astype(np.float32)
+    assert decode_image(save(faint, 'TIFF')).max() <= 26
+    for a in (RGB[..., 0].astype(np.float32)*4, RGB[..., 0].astype(np.float32)/128-1, RGB[..., 0].astype(np.int32), RGB[..., 0].astype(np.int32)*1000):
+        with pytest.raises(ImageError, match='nothing says which is white: save it with 8 or 16 bits'): decode_image(save(a, 'TIFF'))
 
 
 def test_arrays():

@@ -106,14 +106,20 @@ def to_rgb(
     a = alpha.astype(np.uint16)
     return ((colour*a + 255*(255-a) + 127)//255).astype(np.uint8)
 
+# %% ../../nbs/110_data.image.ipynb #acdec69b
+def _scaled(a: np.ndarray, fmt: str|None) -> np.ndarray: # floats from 0 to 1, or uint16
+    "Pixels of a type whose scale is known; the range of an image's own values says nothing of it."
+    low, high, floats = a.min(initial=0), a.max(initial=0), a.dtype.kind == 'f'
+    white = 255 if fmt is None else 1 if floats else 65535 if fmt in ('PNG', 'PPM') else 0 # Pillow converts to 0…255 in memory
+    if white and 0 <= low and high <= white: return a/white
+    raise ImageError(f"its pixels are {'floating-point' if floats else '32-bit'} numbers from {low:g} to {high:g}, and nothing "
+                     "says which is white: save it with 8 or 16 bits, or as floats from 0 to 1")
+
 # %% ../../nbs/110_data.image.ipynb #afb7782f
-def _pil_array(im: Image.Image) -> np.ndarray: # for `to_rgb`
+def _pil_array(im: Image.Image, fmt: str|None) -> np.ndarray: # for `to_rgb`
     "The pixels of a PIL image of any mode."
     if im.mode in ('I;16', 'I;16B', 'I;16L', 'I;16N'): return np.asarray(im).astype(np.uint16)
-    if im.mode in ('I', 'F'):
-        a = np.asarray(im).astype(np.float64)
-        top = a.max(initial=0)
-        return a/(1 if top <= 1 and im.mode == 'F' else 255 if top <= 255 else 65535)
+    if im.mode in ('I', 'F'): return _scaled(np.asarray(im), fmt)
     if im.mode == 'La': im = im.convert('LA')
     clear = im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info
     return np.asarray(im.convert('RGBA' if clear else 'RGB'))
@@ -123,7 +129,7 @@ def pil_rgb(
     im: Image.Image # of any mode; the first frame of an animation
 ) -> np.ndarray: # uint8 H×W×3
     "The pixels of a PIL image, turned upright as its EXIF says."
-    return to_rgb(_pil_array(ImageOps.exif_transpose(im)))
+    return to_rgb(_pil_array(ImageOps.exif_transpose(im), im.format))
 
 # %% ../../nbs/110_data.image.ipynb #2e0e3e65
 def _pillow(data: bytes) -> np.ndarray:
@@ -139,9 +145,10 @@ def _opencv(data: bytes, flags: int) -> np.ndarray:
     raise ImageError("its data is damaged")
 
 def _png_plain(data: bytes) -> bool:
-    "Whether a PNG is without palette, colour key or orientation, which all stand before its pixels."
+    "Whether a PNG is without palette, colour key and orientation, which may also stand behind its pixels or in a text."
     head = data[:data.find(b'IDAT', 0, 1 << 16)]
-    return data[25] != 3 and b'tRNS' not in head and b'eXIf' not in head and b'acTL' not in head
+    turned = b'eXIf' in data or b'Raw profile type' in data
+    return data[25] != 3 and b'tRNS' not in head and b'acTL' not in head and not turned
 
 def _decode(data: bytes, size: int|None) -> np.ndarray:
     fmt, w, h = image_header(data)
