@@ -82,7 +82,7 @@ def plain_options(
 ) -> Callable: # the decorator
     "Decorator: give a command an option for each field; those that were given arrive as a dict in the named parameter."
     own = {k: [f for f in fields(kind) if f.kw_only and (not only or f.name in only)] for k, kind in kinds.items()}
-    panels = {Recipe: "{group} (over the recipe's value)"}
+    panels: dict = {Recipe: "{group} (over the recipe's value)"}
     opts = [_option(f, panels.get(kinds[k], '{group}')) for k, fs in own.items() for f in fs]
     def decorate(f):
         def command(**kw):
@@ -308,7 +308,7 @@ def main(
     try: app(args, prog_name='mstoolkit')
     except SystemExit as e:
         if e.code == 143: print('mstoolkit: stopped by a signal', file=sys.stderr)
-        return e.code or 0
+        return int(e.code or 0)
     except (ValueError, OSError, ImportError) as e:
         if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)

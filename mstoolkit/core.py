@@ -20,7 +20,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -150,7 +150,7 @@ def track(
 ) -> Iterator: # the items
     "Go through `items` with a bar in a terminal or notebook, and with a line every tenth of the way elsewhere."
     file = file or sys.stderr
-    if total is None and hasattr(items, '__len__'): total = len(items)
+    if total is None and isinstance(items, Sized): total = len(items)
     if 'ipykernel' in sys.modules or file.isatty():
         from rich.console import Console
         from rich.progress import track as rich_track

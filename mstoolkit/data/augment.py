@@ -122,6 +122,7 @@ class RandomErasing(A.ImageOnlyTransform):
             area, r = H*W*(least + draw()*(most-least)), math.exp(low + draw()*(high-low))
             h, w = round(math.sqrt(area*r)), round(math.sqrt(area/r))
             if h < H and w < W: return int(draw()*(H-h+1)), int(draw()*(W-w+1)), h, w
+        return None
 
     def get_params_dependent_on_data(self,
         params: dict, # 'shape': of the image

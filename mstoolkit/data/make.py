@@ -273,7 +273,7 @@ def make_fashion_mnist(
 
 # %% ../../nbs/190_data.make.ipynb #51e93a92
 # name → function that writes it
-data_makers = {'navon': make_navon, 'digits': make_digits, 'fashion-mnist': make_fashion_mnist}
+data_makers: dict[str, Callable] = {'navon': make_navon, 'digits': make_digits, 'fashion-mnist': make_fashion_mnist}
 
 def make_data(
     name: str, # one of `data_makers`

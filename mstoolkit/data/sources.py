@@ -14,11 +14,11 @@ __all__ = ['image_suffixes', 'split_names', 'Sample', 'image_format', 'image_fil
 import csv as csv_lines
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from io import StringIO
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..core import choice, counted, natural_key, write_text
 from ..recipe import PlainData, option
@@ -26,7 +26,10 @@ from ..recipe import PlainData, option
 # %% ../../nbs/160_data.sources.ipynb #96e91b1f
 class Table(Protocol):
     "A pandas `DataFrame`, by what is asked of it: the command line reads this module, and does not wait for pandas."
-    columns: list
+    columns: Any
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator: ...
+    def __getitem__(self, key) -> Any: ...
     def to_csv(self, path=None, **kw) -> str: ...
 
 # %% ../../nbs/160_data.sources.ipynb #466c9162
@@ -104,13 +107,14 @@ def _option(default, kind, help, **kw): return option(default, kind, 'Data sourc
 class DataSource(PlainData):
     "What a run is trained on: where the images are, what tells their classes, and which of them are held out."
     noun: ClassVar[str] = 'data source field'
-    path:str = _option('', str, "folder of images; relative paths of tables and lists start here", kw_only=False)
+    path:str = field(default='', kw_only=False, metadata=_option( # as type checkers see that it goes without its name
+        '', str, "folder of images; relative paths of tables and lists start here").metadata)
     train:str = _option('train', str, "training folder, or a list file such as train.txt")
     valid:str = _option('val', str,
                         "validation folder or list; val: any of the usual names; none: hold out training images")
     valid_pct:float = _option(.2, float, "share of each class held out where there is no validation folder",
                               above=0, hi=.9)
-    csv:str = _option('', str, "table instead of folders: columns path, label, perhaps split")
+    csv:str|Path|Table = _option('', str, "table instead of folders: columns path, label, perhaps split")
     group:str = _option('', str, "column of the table: images of one group stay on one side of the split")
     folds:int = _option(0, int, "cross-validation: so many folds of the training images, of which one is held out",
                         lo=0)
@@ -331,9 +335,9 @@ def table_samples(
     if 'split' in df: split = [split_of(o) or choice(str(o), split_names, 'split') for o in df['split']]
     groups = df[group].astype(str) if group else ['']*len(df)
     samples = [Sample(Path(root)/str(p), str(l), g) for p, l, g in zip(df['path'], df['label'], groups)]
-    out = tuple([s for s, o in zip(samples, split) if o == name] for name in ('train', 'valid'))
-    if not out[0]: raise ValueError("the table has no training rows")
-    return out
+    tr, va = ([s for s, o in zip(samples, split) if o == name] for name in ('train', 'valid'))
+    if not tr: raise ValueError("the table has no training rows")
+    return tr, va
 
 # %% ../../nbs/160_data.sources.ipynb #ba56cb0d
 def list_samples(
