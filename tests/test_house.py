@@ -17,7 +17,7 @@ MODULES = {module_of(p): p for p in sorted(LIB.rglob('*.py')) if p.name not in (
 
 def listed():
     "The modules in the order of CONTRIBUTING, top to bottom and left to right."
-    text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8').partition('| floor | modules |')[2]
     rows = re.findall(r'^\| [a-z ]+ \| (`.*`) \|', text, re.M)
     return [name for row in rows for name in re.findall(r'`([\w.]+)`', row)]
 
