@@ -253,7 +253,6 @@ def test_title_cells_hold_title_and_subtitle_alone(notebook):
     assert re.fullmatch(r'# [^\n]+\n+> [^\n]+\n*', source), f'what follows the subtitle needs a cell of its own: {source[:200]!r}'
 
 
-@pytest.mark.xfail(strict=True, reason="39 pictures still make do with the code that drew them")
 def test_pictures_of_notebooks_have_a_text_of_their_own():
     "`#| fig-alt: …` in the cell that draws; the site falls back on the cell's last line."
     lack = []
