@@ -141,6 +141,11 @@ def new_folder(
         raise
 
 # %% ../nbs/010_core.ipynb #5c43b90d
+def _in_notebook() -> bool:
+    "Whether a Jupyter kernel runs this."
+    ipython = sys.modules.get('IPython')
+    return hasattr(ipython and ipython.get_ipython(), 'kernel')
+
 def track(
     items: Iterable, # what to go through
     text: str, # what is being done, for the bar and the lines
@@ -151,7 +156,11 @@ def track(
     "Go through `items` with a bar in a terminal or notebook, and with a line every tenth of the way elsewhere."
     file = file or sys.stderr
     if total is None and isinstance(items, Sized): total = len(items)
-    if 'ipykernel' in sys.modules or file.isatty():
+    if _in_notebook(): # rich would ask for ipywidgets there, and show nothing
+        from fastprogress.fastprogress import NBProgressBar
+        yield from NBProgressBar(items, total='noinfer' if total is None else total, leave=False, comment=text)
+        return
+    if file.isatty():
         from rich.console import Console
         from rich.progress import track as rich_track
         yield from rich_track(items, text, total=total, console=Console(file=file), transient=True)

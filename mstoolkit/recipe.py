@@ -136,7 +136,7 @@ def read_toml(
     "The content of a TOML file, or an error that says whether it was a wrong name, a missing file or no TOML."
     if Path(source).suffix != '.toml': choice(str(source), named, what)
     if not Path(source).is_file(): raise FileNotFoundError(f"there is no {what} file {str(source)!r}")
-    try: return tomllib.loads(Path(source).read_text(encoding='utf-8'))
+    try: return tomllib.loads(Path(source).read_text(encoding='utf-8-sig')) # as editors of Windows save it
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{what} file {str(source)!r} is not TOML: {e}") from e
 

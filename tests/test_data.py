@@ -1,4 +1,5 @@
 "DataLoaders: agreement with Pillow, determinism, errors, and everything a fastai user does with them."
+import sys
 import copy
 import multiprocessing
 import os
@@ -361,7 +362,11 @@ def test_decode_side_leaves_enough_for_the_smallest_crop():
 
 def test_workers(monkeypatch):
     monkeypatch.setattr('os.sched_getaffinity', lambda _: range(64), raising=False)
+    monkeypatch.setattr('os.access', lambda *_: True)
     assert (default_workers(100), default_workers(10**6)) == (0, 16)
+    if sys.platform == 'linux':
+        monkeypatch.setattr('os.access', lambda *_: False)
+        assert default_workers(10**6) == 0, 'no process starts without shared memory'
     monkeypatch.setattr('os.sched_getaffinity', lambda _: range(1), raising=False)
     assert default_workers(10**6) == 0
 

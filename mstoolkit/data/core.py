@@ -12,6 +12,7 @@ __all__ = ['AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageLoaders', 'ImageDa
 import os
 import pickle
 import random
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -37,7 +38,7 @@ from .colour import DeviceColour
 from .image import ImageError, imagenet_mean, imagenet_std, pil_rgb, read_image, to_rgb
 from .sources import (DataSource, Sample, class_names, data_source, fold_split, source_samples,
                                     stratified_split)
-from .workers import Workers, prepare_worker
+from .workers import Workers, prepare_worker, start_method
 
 # %% ../../nbs/170_data.core.ipynb #8f8b0ca7
 def _stack(
@@ -284,6 +285,7 @@ def default_workers(
     n: int # images
 ) -> int: # loader processes
     "One loader process a processor, 16 at the most; none for a set so small that starting them costs more."
+    if sys.platform == 'linux' and not os.access('/dev/shm', os.W_OK): return 0 # as in some containers: none can start
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return 0 if n < 512 or cpus == 1 else min(cpus, 16)
 
@@ -437,4 +439,5 @@ def image_loader(
     "A loader of image files for prediction."
     workers = default_workers(len(files)) if num_workers is None else num_workers
     return torch.utils.data.DataLoader(_Files(files, size), bs, num_workers=workers, collate_fn=_split_bad,
+                                       multiprocessing_context=start_method if workers else None,
                                        worker_init_fn=prepare_worker)
