@@ -286,6 +286,8 @@ def _comparison(groups: dict, baseline: str|None) -> dict:
 def _run_page(run: Run, name: str, seconds: float) -> dict:
     "All that the page says of one run."
     clf = Classifier.load(run.path) if run.file('model').is_file() else None
+    if clf and (odd := set(run.preds.label) - set(clf.header.classes)):
+        raise ValueError(f"{str(run.file('preds'))!r} has the label {min(odd)!r}, which is no class of the model beside it: it was edited")
     sections = [_curves(run), _confusion(run), _classes(run), _calibration(run)]
     if clf: sections += [_losses(run, clf), _shares(run, clf, seconds)]
     r = run.recipe

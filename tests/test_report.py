@@ -228,3 +228,10 @@ def test_one_validation_image_has_a_page(tmp_path, navon, right):
     two = fake_run(tmp_path/'two', navon, model=False, head='plain', name='plain')
     shutil.copy(run/'valid_predictions.csv', two/'valid_predictions.csv')
     assert 'Comparison' in checked(write_report([run, two], tmp_path/'c.html'))
+
+
+def test_a_label_that_is_no_class_of_the_model_is_named(tmp_path, navon):
+    run = fake_run(tmp_path/'r', navon)
+    f = run/'valid_predictions.csv'
+    f.write_text(f.read_text().replace('A-of-A', '7'))
+    with pytest.raises(ValueError, match="has the label '7', which is no class of the model"): write_report(run)

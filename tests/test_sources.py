@@ -206,3 +206,11 @@ def test_class_lists(tmp_path):
     names, train, valid = class_names(numbered, numbered[:1], tmp_path/'c.txt')
     assert (names, labels(train), labels(valid)) == (['zebra', 'ant'], ['ant', 'zebra'], ['ant'])
     assert class_names(numbered, [], ['1', '0'])[0] == ['1', '0']  # here the numbers are the names
+
+
+def test_a_split_that_tears_groups_and_one_that_is_not_wanted(tmp_path):
+    touch(tmp_path, *(f'{i}.jpg' for i in range(8)))
+    table = pd.DataFrame(dict(path=[f'{i}.jpg' for i in range(8)], label=list('abababab'), who=list('pqrspqtu'), split=['train']*4 + ['val']*4))
+    with pytest.raises(ValueError, match="2 groups in training and in validation, the first 'p'"): source_samples(DataSource(tmp_path, csv=table, group='who'))
+    assert [len(o) for o in source_samples(DataSource(tmp_path, csv=table))] == [4, 4]
+    assert [len(o) for o in source_samples(DataSource(tmp_path, csv=table, group='who', valid='none'))] == [4, 0]

@@ -387,11 +387,15 @@ def source_samples(
             raise ValueError(f"valid={valid!r} is a list, and train={source.train!r} is not: "
                              "give two lists, or two folders")
         return split_folders(path, source.train, valid)
+    if source.valid == 'none': va = [] # as asked: training images are held out, whatever the table says of others
     if not strict: return tr, va
     _check_files(tr+va, what)
     if both := {s.path for s in tr} & {s.path for s in va}:
         raise ValueError(f"{counted(len(both), 'image')} in training and in validation, the first {str(min(both))!r}: "
                          "validation would flatter")
+    if torn := {o.group for o in tr if o.group} & {o.group for o in va}:
+        raise ValueError(f"{counted(len(torn), 'group')} in training and in validation, the first {min(torn)!r}: validation would "
+                         "flatter; give whole groups to one side, or leave the split to us (--valid none)")
     return tr, va
 
 # %% ../../nbs/160_data.sources.ipynb #f6e18731
