@@ -71,6 +71,12 @@ def test_constraints_are_names_and_versions_alone():
         assert line.startswith('#') or line.split(';')[0].count('==') == 1 and '/' not in line and '@' not in line, line
 
 
+def test_the_install_page_lists_every_extra():
+    page = ''.join(''.join(c['source']) for c in json.loads((ROOT/'nbs'/'howto'/'05_install.ipynb').read_text(encoding='utf-8'))['cells'])
+    extras = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['optional-dependencies']
+    assert re.findall(r'^\| `(\w+)` \|', page.partition('## Extras')[2].partition('\n## ')[0], re.M) == list(extras)
+
+
 def pythons() -> list[str]:
     "The versions that pyproject.toml names, oldest first."
     rows = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['classifiers']
@@ -94,7 +100,7 @@ def test_make_refuses_another_python_in_one_line(version, tmp_path):
     for f in ('Makefile', 'pyproject.toml', 'constraints.txt'): shutil.copy(ROOT/f, tmp_path)
     other = tmp_path/'python-other'
     other.write_text(f"""#!/bin/sh
-exec {sys.executable} -c "import sys; sys.version_info, sys.version = {version}, '{'.'.join(map(str, version))}'; exec(sys.argv.pop())" "$2"
+exec '{sys.executable}' -c "import sys; sys.version_info, sys.version = {version}, '{'.'.join(map(str, version))}'; exec(sys.argv.pop())" "$2"
 """)
     other.chmod(0o755)
     r = subprocess.run(['make', f'PYTHON={other}', 'demo'], cwd=tmp_path, capture_output=True, text=True)
