@@ -78,6 +78,12 @@ def free_run_folder(
     paths = (Path(root)/(name if i == 1 else f'{name}-{i}') for i in itertools.count(1))
     return next(p for p in paths if not p.exists())
 
+# %% ../nbs/420_runs.ipynb #03c4f2ad
+def _read_json(file: Path):
+    "The content of a JSON file; one that an editor has spoilt is a `ValueError` that names it."
+    try: return json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {e}") from e
+
 # %% ../nbs/420_runs.ipynb #21ce4497
 def library_versions() -> dict: # name → version
     "Versions of Python and of the libraries that shape a result."
@@ -103,8 +109,7 @@ def read_env(
 ) -> dict: # what `write_env` was given
     "Read the environment file; one that an editor has spoilt is a `ValueError` that names it."
     file = run_file(run, 'env')
-    try: env = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {e}") from e
+    env = _read_json(file)
     if not isinstance(env, dict) or not isinstance(env.get('data', {}), dict):
         raise ValueError(f"{str(file)!r} is damaged: it holds no table")
     return env
@@ -242,7 +247,7 @@ class Run:
 def seed_folder(
     study: str|Path, # a study's folder
     cell: str, # the name of a cell
-    seed: int # of the run
+    seed: int|str # of the run; '*' in a pattern for all
 ) -> Path: # its folder
     "Where a study keeps a run."
     return Path(study)/cell/f'seed-{seed}'
@@ -252,7 +257,8 @@ def finished_runs(
     cell: str # the name of a cell
 ) -> list[Path]: # its run folders, by seed
     "The run folders of a cell that are whole."
-    found = seed_folder(study, cell, 0).parent.glob(seed_folder('', cell, 0).name.replace('0', '*'))
+    every = seed_folder(study, cell, '*')
+    found = every.parent.glob(every.name)
     return sorted((o for o in found if o.is_dir()), key=lambda o: natural_key(o.name))
 
 def read_study(
@@ -261,8 +267,7 @@ def read_study(
     "What a study compares."
     file = study_file(study, 'study')
     if not file.is_file(): raise FileNotFoundError(f"{str(study)!r} is not a study's folder: it has no {file.name}")
-    try: return json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {e}") from e
+    return _read_json(file)
 
 def run_folders(
     path: str|Path # a run folder, or a study's folder

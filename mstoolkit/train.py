@@ -37,12 +37,12 @@ from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_d
                             write_text)
 from .data.check import check_samples
 from .data.core import image_dls
-from .data.sources import DataSource, data_source
+from .data.sources import DataSource, data_source, kept_files
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .recipe import Recipe, check_choices, load_recipe
-from .runs import (clear_leftovers, environment, free_run_folder, one_writer, run_file, run_files, stopped_run,
+from .runs import (clear_leftovers, environment, free_run_folder, one_writer, run_file, stopped_run,
                             write_env)
 
 # %% ../nbs/710_train.ipynb #8cb93768
@@ -220,10 +220,8 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume
 
 def _take_back(run: Path):
     "A run that ended no epoch has nothing to keep, and should not take the name."
-    kept = {run_file(run, o) for o in ('history', 'model', 'preds')}
-    for o in run_files:
-        if run_file(run, o) not in kept and o != 'lock': run_file(run, o).unlink(missing_ok=True)
-    for f in ('data.csv', 'classes.txt'): (run/f).unlink(missing_ok=True)
+    written = [run_file(run, o) for o in ('recipe', 'source', 'env', 'left_out')]
+    for f in (*written, *(run/o for o in kept_files.values())): f.unlink(missing_ok=True)
 
 # %% ../nbs/710_train.ipynb #e0d0c19f
 def train(

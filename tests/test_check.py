@@ -177,3 +177,8 @@ def test_a_table_is_checked_to_its_end(clean):
 def test_images_without_folders(clean):
     r = check_data(clean/'train'/'ant')
     assert not r.ok and finding(r, 'no classes').text.startswith('6 images and no class: put each class in a folder of its own')
+
+
+def test_a_class_list_that_is_not_there_is_named(clean):
+    "Its name is not taken for a list of letters."
+    with pytest.raises(FileNotFoundError, match="there is no class list 'nmaes.txt'"): check_data(clean, classes='nmaes.txt', fast=True)

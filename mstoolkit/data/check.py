@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from ..core import counted, natural_key, track
 from .image import ImageError, decode_image, image_header, read_image
-from .sources import (DataSource, Sample, class_folders, data_source, image_suffixes, images_in, read_classes,
-                                    source_samples, split_of, are_numbers)
+from .sources import (DataSource, Sample, are_numbers, class_folders, data_source, image_suffixes, images_in,
+                                    listed_classes, source_samples, split_of)
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
@@ -162,9 +162,8 @@ def _held_out_findings(split: str, held: set, train: set): # names of classes
         n, some = counted(len(gone), 'class', 'classes'), _listing(gone[:10]) + ' …'*(len(gone) > 10)
         yield Finding('warning', 'missing class', f"{n} of train not in {split}: {some}")
 
-def _list_findings(entries: list[Entry], classes):
+def _list_findings(entries: list[Entry], names: list[str]):
     "What a list of class names says otherwise than the images do."
-    names = read_classes(classes) if isinstance(classes, Path) else list(classes)
     found = {e.label for e in entries if e.label}
     if are_numbers(found, names): extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
     else: extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
@@ -385,7 +384,7 @@ def check_data(
     if listed: entries, empty = _sample_entries(*source_samples(source, strict=False)), {}
     else: entries, empty = _folder_entries(path)
     more = [*_group_findings(entries), *(() if listed else _loose_findings(path))]
-    if source.classes: more += _list_findings(entries, source.file('classes') or source.classes)
+    if names := listed_classes(source.file('classes') or source.classes): more += _list_findings(entries, names)
     return _findings(path, entries, empty, fast, more)
 
 def _is_listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
