@@ -28,12 +28,14 @@ import torch
 from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
-from .core import atomic_path, check_new, choice, write_text
-from .data.sources import DataSource, data_source
+from .core import atomic_path, check_new, choice, folder_name, import_plugins, write_text
+from .data.check import check_samples
+from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
 from .evaluate.stats import verdicts
 from .recipe import Recipe, load_recipe, read_toml, recipes, tomllib
-from .runs import Run, correct_cells, finished_runs, read_study, run_file, seed_folder, study_file
+from .runs import (Run, correct_cells, finished_runs, read_failures, read_study, run_file, seed_folder,
+                            study_file)
 from .train import recipe_dls, recipe_learner, resume_run, train
 
 # %% ../nbs/740_ablation.ipynb #851690da
@@ -47,9 +49,9 @@ class Study:
     def __post_init__(self):
         if len(self.cells) < 2:
             raise ValueError(f"study {self.name!r} has {len(self.cells)} cells: a comparison needs 2 or more")
+        folder_name(self.name, 'a study')
         for c, d in self.cells.items():
-            if not c or any(o in c for o in '/\\:') or c.startswith('.'):
-                raise ValueError(f"{c!r} cannot name a cell: it is to be a folder's name")
+            folder_name(c, 'a cell')
             for k in d: choice(k, [f.name for f in fields(Recipe)], f'recipe field of cell {c!r}:', max_listed=50)
             if 'seed' in d: raise ValueError(f"cell {c!r} sets the seed: a study gives every cell the same seeds")
 
@@ -132,6 +134,7 @@ _program = 'import sys; from mstoolkit.ablation import _run_below; _run_below(*s
 
 def _run_below(parent: str, folder: str, recipe: str, source: str, threads: str):
     "`run_job` in a process that ends when its parent has ended, even where that was killed."
+    import_plugins()
     def watch():
         while os.getppid() == int(parent): time.sleep(.5)
         os._exit(1)
@@ -215,6 +218,15 @@ def _write_images(dls: DataLoaders, source: DataSource, out: Path):
     listed = DataSource(source.path, csv=images, classes=source.classes, cache=source.cache, cache_in=source.cache_in)
     listed.save(study_file(out, 'run_source'))
 
+def _check_unchanged(done: list[Job], out: Path):
+    "Refuse to go on with images that are not what the finished runs were trained on."
+    was = next((o for j in done if (o := Run(j.folder).env.get('data', {}).get('contents'))), None)
+    if was is None: return
+    source = DataSource.load(study_file(out, 'run_source'))
+    if check_samples(*source_samples(source), source.path).contents != was:
+        raise ValueError(f"the images in {source.path!r} have changed since the study began: "
+                         "the same names, other content; choose another folder for it")
+
 def _settle(study: Study, base: Recipe, source: DataSource, out: Path) -> DataSource: # the source, all of it in files
     "Take the folder, or make sure that it is this study's, on these data."
     base, cells = replace(base, seed=0, device='auto', num_workers=-1), json.loads(json.dumps(study.cells))
@@ -235,8 +247,8 @@ def _settle(study: Study, base: Recipe, source: DataSource, out: Path) -> DataSo
     return then
 
 # %% ../nbs/740_ablation.ipynb #d8d206fb
-def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3) -> float:
-    "Seconds of a training step, the fastest of `n` after one to warm up."
+def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3, limit: float = 5.) -> float:
+    "Seconds of a training step, the fastest of `n` after one to warm up; of fewer, once `limit` seconds are spent."
     learn = recipe_learner(replace(r, pretrained=False, weights_file='', schedule='constant'), dls)
     x, y = dls.one_batch()
     opt, took = torch.optim.SGD(learn.model.parameters(), 1e-3), []
@@ -245,28 +257,39 @@ def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3) -> float:
         t = time.perf_counter()
         learn.loss_func(learn.model(x), y).backward(); opt.step(); opt.zero_grad()
         took.append(time.perf_counter()-t)
-    return min(took[1:])
+        if sum(took) > limit: break
+    return min(took[1:] or took)
+
+# what a step's time depends on
+_costs = 'backbone', 'head', 'n_stages', 'size', 'bs', 'augment', 'precision', 'memory_format', 'compile'
 
 def _estimates(jobs: list[Job], source: DataSource) -> dict:
-    "Seconds of each unfinished job: from finished runs of its cell, else from a few steps."
-    past, out = {}, {}
+    "Seconds of each unfinished job: from finished runs of its cell, else from a few steps of such a network."
+    past, steps, out, few = {}, {}, {}, 8 # images that are timed: a large batch of a large network needs much memory
     for j in jobs:
         if j.done: past.setdefault(j.cell, []).append(Run(j.folder).env.get('seconds', 0))
     for j in jobs:
         if j.done: continue
         if j.cell not in past:
-            print(f'{j.cell}: timing some steps', file=sys.stderr, flush=True)
-            dls = recipe_dls(replace(j.recipe, num_workers=0), source)
-            past[j.cell] = [_step_seconds(j.recipe, dls)*(len(dls.train) + len(dls.valid)/3)*j.recipe.epochs]
+            r, key = j.recipe, tuple(getattr(j.recipe, o) for o in _costs)
+            if key not in steps:
+                print(f'timing some steps of {r.head} on {r.backbone}', file=sys.stderr, flush=True)
+                dls = recipe_dls(replace(r, num_workers=0, bs=min(r.bs, few)), source)
+                steps[key] = _step_seconds(r, dls)*(len(dls.train) + len(dls.valid)/3)
+            past[j.cell] = [steps[key]*r.epochs]
         out[j.name] = sum(past[j.cell])/len(past[j.cell])
     return out
 
 # %% ../nbs/740_ablation.ipynb #e66ef815
 def _plan(jobs: list[Job], source: DataSource, n: int):
-    "Print what there is to do and about how long it takes."
+    "Print what there is to do, and then about how long it takes."
+    left = [j for j in jobs if not j.done]
+    for j in jobs: print(f"{j.name:<44} {'done' if j.done else 'to do'}")
+    print(f'{len(left)} of {len(jobs)} runs to do', flush=True)
     est = _estimates(jobs, source)
-    for j in jobs: print(f'{j.name:<44} ' + ('done' if j.done else f'about {est[j.name]/60:.1f} min at the most'))
-    print(f'{len(est)} of {len(jobs)} runs to do, about {sum(est.values())/60/n:.0f} min at the most')
+    for c in dict.fromkeys(j.cell for j in left):
+        print(f'{c:<44} about {max(est[j.name] for j in left if j.cell == c)/60:.1f} min a run at the most')
+    print(f'in all about {sum(est.values())/60/n:.0f} min at the most', flush=True)
 
 # %% ../nbs/740_ablation.ipynb #6d299792
 def run_study(
@@ -297,14 +320,16 @@ def run_study(
     if not study_file(out, 'run_source').is_file():
         _write_images(recipe_dls(replace(base, num_workers=0), source), source, out)
     failures, left = {}, [j for j in todo if not j.done]
+    write_text(study_file(out, 'failures'), '{}')
+    if left: _check_unchanged([j for j in todo if j.done], out)
     for j in left: j.folder.parent.mkdir(parents=True, exist_ok=True)
     args = study_file(out, 'run_source'), threads or max(1, (os.cpu_count() or 1)//jobs)
     ending = _on_ray(left, args) if ray else _side_by_side(left, jobs, args) if jobs > 1 else _here(left, args)
     with closing(ending) as ended:
         for i, (j, error) in enumerate(ended, 1):
             if error: failures[j.name] = error
+            write_text(study_file(out, 'failures'), json.dumps(failures, indent=1))
             print(f'{i}/{len(left)} {j.name}: {error or f"accuracy {Run(j.folder).accuracy:.4f}"}', flush=True)
-    write_text(study_file(out, 'failures'), json.dumps(failures, indent=1))
     return study_table(out, baseline)
 
 # %% ../nbs/740_ablation.ipynb #1bfcff38
@@ -329,6 +354,7 @@ def study_table(
         raise ValueError(f"the baseline {base!r} has no finished run in {str(out)!r}, see {study_file(out, 'failures').name}: "
                          "mend it, or choose another with baseline= (--baseline)")
     df = verdicts(correct_cells(runs), base)
+    df.attrs['warnings'] = [*df.attrs.get('warnings', []), *(f"failed, and not counted: {k}: {v}" for k, v in read_failures(out).items())]
     for kind, end in dict(text='txt', markdown='md', latex='tex', csv='csv').items():
         write_text(Path(out)/f'table.{end}', format_table(df, kind))
     with atomic_path(study_file(out, 'figure')) as tmp: plot_cells(df).savefig(tmp, format='png', dpi=110)

@@ -27,6 +27,7 @@ from . import __version__
 from .callback.tracker import KeepBest
 from .core import atomic_path
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
+from .data.workers import worker_deaths
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
 from .runs import library_versions, run_file
@@ -161,8 +162,9 @@ class Classifier:
     ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
         "Image files, normalised and on the network's device; what cannot be read is returned by name."
         norm, device = NormalizeUint8(self.header.mean, self.header.std), next(self.model.parameters()).device
-        for x, good, bad in image_loader(files, self.header.size, bs=bs, num_workers=num_workers):
-            yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
+        with worker_deaths():
+            for x, good, bad in image_loader(files, self.header.size, bs=bs, num_workers=num_workers):
+                yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
 
     @classmethod
     def from_report_a(cls,

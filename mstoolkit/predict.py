@@ -18,7 +18,7 @@ from fastai.learner import Learner
 
 from .classifier import Classifier
 from .core import atomic_path, check_new, choice, counted, pick_device, track
-from .data.sources import image_files
+from .data.sources import formula_starts, image_files
 
 # %% ../nbs/720_predict.ipynb #c94bfbcf
 def predict_probs(
@@ -70,7 +70,7 @@ def predict_folder(
     folder: str|Path, # images to classify, in folders of any depth
     *,
     top_k: int = 1, # with more than 1, add the columns label_1, confidence_1, label_2 … of the most probable classes
-    confidence: bool = False, # add the probability of the predicted class
+    confidence: bool = False, # add the probability of the predicted class; with `top_k` it is there already, as confidence_1
     on_bad: str = 'error', # unreadable images are named; then 'error' stops, 'skip' leaves out their rows
     bs: int = 64, # images in a batch
     num_workers: int|None = None, # loader processes; chosen by machine and data
@@ -91,7 +91,10 @@ def predict_folder(
     p, i = probs.topk(top_k, dim=1)
     labels, p = [[classes[o] for o in col] for col in i.T.tolist()], p.numpy().round(6)
     df = pd.DataFrame({'image_name': _image_names(good, folder), 'pred_label': labels[0]})
-    if confidence: df['confidence'] = p[:, 0]
+    if len(odd := df.image_name[df.image_name.str.startswith(formula_starts)]):
+        print(f"warning: {counted(len(odd), 'image name')} such as {odd.iloc[0]!r} would be a formula to a spreadsheet: "
+              "open the CSV there as text", file=sys.stderr)
+    if confidence and top_k == 1: df['confidence'] = p[:, 0]
     if top_k > 1:
         for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = labels[k], p[:, k]
     return df
@@ -99,14 +102,15 @@ def predict_folder(
 # %% ../nbs/720_predict.ipynb #c63f76b2
 def write_predictions(
     df: pd.DataFrame, # from `predict_folder`
-    out: str|Path, # the CSV to write; never overwritten
+    out: str|Path, # the CSV to write
     *,
-    zip: bool = False # write an archive that holds the CSV, OUT with the ending .zip, for servers that want one
+    zip: bool = False, # write an archive that holds the CSV, OUT with the ending .zip, for servers that want one
+    force: bool = False # replace a file that is there
 ) -> Path: # the file written
     "Write predictions as CSV, or as a zip archive that holds the CSV."
     out = Path(out)
     file = out.with_suffix('.zip') if zip else out
-    with atomic_path(check_new(file)) as tmp:
+    with atomic_path(check_new(file, force=force)) as tmp:
         # a name that is not UTF-8 shall not cost all the others
         data = df.to_csv(index=False).encode(errors='backslashreplace')
         if not zip: tmp.write_bytes(data)

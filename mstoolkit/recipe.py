@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from .core import choice, write_text
+from .core import choice, folder_name, write_text
 
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
@@ -205,6 +205,7 @@ class Recipe(PlainData):
 
     def __post_init__(self):
         super().__post_init__()
+        folder_name(self.name, 'a recipe')
         if self.cutmix + self.mixup > 1:
             raise ValueError(f"recipe fields 'cutmix' and 'mixup' are {self.cutmix:g} and {self.mixup:g}: "
                              "give shares that sum to 1 or less")

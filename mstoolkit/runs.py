@@ -7,7 +7,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/runs.html.md"""
 # %% auto #0
 __all__ = ['run_files', 'study_files', 'run_file', 'study_file', 'free_run_folder', 'library_versions', 'environment',
            'write_env', 'read_env', 'one_writer', 'stopped_run', 'clear_leftovers', 'read_history', 'read_predictions',
-           'Run', 'seed_folder', 'finished_runs', 'read_study', 'run_folders', 'group_runs', 'correct_cells']
+           'Run', 'seed_folder', 'finished_runs', 'read_study', 'run_folders', 'read_failures', 'group_runs',
+           'correct_cells']
 
 # %% ../nbs/420_runs.ipynb #d4b52393
 import contextlib
@@ -28,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from . import __version__
-from .core import choice, natural_key, write_text
+from .core import choice, counted, natural_key, write_text
 from .data.sources import DataSource
 from .recipe import Recipe, load_recipe
 
@@ -82,7 +83,8 @@ def free_run_folder(
 def _read_json(file: Path):
     "The content of a JSON file; one that an editor has spoilt is a `ValueError` that names it."
     try: return json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {e}") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{str(file)!r} is damaged ({e}): mend it, or take it from a copy of the folder") from e
 
 # %% ../nbs/420_runs.ipynb #21ce4497
 def library_versions() -> dict: # name → version
@@ -110,8 +112,11 @@ def read_env(
     "Read the environment file; one that an editor has spoilt is a `ValueError` that names it."
     file = run_file(run, 'env')
     env = _read_json(file)
-    if not isinstance(env, dict) or not isinstance(env.get('data', {}), dict):
-        raise ValueError(f"{str(file)!r} is damaged: it holds no table")
+    kinds = dict(data=dict, versions=dict, command=list, epochs=int, seconds=(int, float), resumed=list)
+    if not isinstance(env, dict): raise ValueError(f"{str(file)!r} is damaged: it holds no table")
+    for k, kind in kinds.items():
+        if k in env and (not isinstance(env[k], kind) or isinstance(env[k], bool)):
+            raise ValueError(f"{str(file)!r} is damaged: its {k!r} is {str(env[k])[:40]!r}")
     return env
 
 # %% ../nbs/420_runs.ipynb #593ff148
@@ -144,17 +149,17 @@ def one_writer(
 def stopped_run(
     run: str|Path # a run folder
 ) -> dict: # its environment
-    "What a run folder says of itself, if it is one that can go on: an epoch has ended, the run has not."
-    if not run_file(run, 'env').is_file() or not run_file(run, 'recipe').is_file():
-        raise FileNotFoundError(f"{str(run)!r} is not a run folder")
+    "What a run folder says of itself, if it is one that can go on: the run has not ended."
+    if missing := [run_files[o] for o in ('env', 'recipe') if not run_file(run, o).is_file()]:
+        raise FileNotFoundError(f"{str(run)!r} is not a run folder: it has no {' and no '.join(missing)}")
     if not run_file(run, 'source').is_file():
         raise ValueError(f"{str(run)!r} was begun by an earlier version, which did not keep {run_files['source']}: "
                          "start it anew")
     env = read_env(run)
+    if 'digest' not in env.get('data', {}) or 'versions' not in env:
+        raise ValueError(f"{str(run_file(run, 'env'))!r} is damaged: it does not say what data and versions the run began with")
     if 'epochs' in env:
-        raise ValueError(f"{str(run)!r} has ended well, after {env['epochs']} epochs: there is nothing to resume")
-    if not run_file(run, 'state').is_file():
-        raise ValueError(f"no epoch of {str(run)!r} had been finished: start it anew under another name")
+        raise ValueError(f"{str(run)!r} has ended well, after {counted(env['epochs'], 'epoch')}: there is nothing to resume")
     return env
 
 def clear_leftovers(
@@ -168,7 +173,16 @@ def read_history(
     file: str|Path # `history.csv`, or the run folder that holds it
 ) -> pd.DataFrame: # a row for each epoch
     "The table of epochs."
-    return pd.read_csv(run_file(file, 'history') if Path(file).is_dir() else file)
+    file = run_file(file, 'history') if Path(file).is_dir() else Path(file)
+    if not file.is_file(): raise FileNotFoundError(f"there is no history {str(file)!r}")
+    try: df = pd.read_csv(file)
+    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {str(e).splitlines()[0]}") from e
+    numbers = 'epoch', 'train_loss', 'valid_loss', 'seconds'
+    if missing := [c for c in numbers if c not in df]:
+        raise ValueError(f"{str(file)!r} is damaged: it has no column {', no '.join(missing)}")
+    if odd := [c for c in df if c not in ('phase', 'mixed') and df[c].dtype == object and df[c].notna().any()]:
+        raise ValueError(f"{str(file)!r} is damaged: column {odd[0]!r} holds {df[odd[0]].dropna().iloc[0]!r}, which is no number")
+    return df
 
 def read_predictions(
     file: str|Path # `valid_predictions.csv`, or the run folder that holds it
@@ -191,6 +205,7 @@ class Run:
 
     def __post_init__(self):
         object.__setattr__(self, 'path', Path(self.path))
+        if not self.path.is_dir(): raise FileNotFoundError(f"there is no run folder {str(self.path)!r}")
         needed = 'recipe', 'source', 'env', 'history', 'preds'
         if missing := [run_files[o] for o in needed if not self.file(o).is_file()]:
             raise FileNotFoundError(f"{str(self.path)!r} is not a finished run folder: "
@@ -267,7 +282,10 @@ def read_study(
     "What a study compares."
     file = study_file(study, 'study')
     if not file.is_file(): raise FileNotFoundError(f"{str(study)!r} is not a study's folder: it has no {file.name}")
-    return _read_json(file)
+    study = _read_json(file)
+    if not isinstance(study, dict) or not isinstance(study.get('cells'), dict) or not isinstance(study.get('base', ''), str):
+        raise ValueError(f"{str(file)!r} is damaged: it names no cells, or its base recipe is no text")
+    return study
 
 def run_folders(
     path: str|Path # a run folder, or a study's folder
@@ -277,6 +295,14 @@ def run_folders(
     found = [o for cell in read_study(path)['cells'] for o in finished_runs(path, cell)]
     if not found: raise FileNotFoundError(f"no run of the study in {str(path)!r} is finished")
     return found
+
+# %% ../nbs/420_runs.ipynb #5c7eb5c0
+def read_failures(
+    study: str|Path # a study's folder
+) -> dict: # 'CELL, seed N' → what went wrong
+    "The runs that failed when the study was last taken up."
+    file = study_file(study, 'failures')
+    return _read_json(file) if file.is_file() else {}
 
 # %% ../nbs/420_runs.ipynb #57d657be
 # fields that do not make another method

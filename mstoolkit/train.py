@@ -141,7 +141,7 @@ def _digest(dls: DataLoaders) -> str:
 def _surroundings(dls: DataLoaders) -> dict:
     "What the run folder keeps of machine and data."
     dev = dls.device
-    data = dict(classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds), digest=_digest(dls),
+    data = dict(classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds), digest=_digest(dls), contents=dls.contents,
                 train_per_class=class_counts(dls).int().tolist(), warnings=getattr(dls, 'warned', []))
     return environment(processors=torch.get_num_threads(), device=str(dev),
                        gpu=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else None, data=data)
@@ -157,13 +157,17 @@ def _need_space(folder: Path, learn: Learner):
                       "make room or choose another --out")
 
 # %% ../nbs/710_train.ipynb #69ed58c4
-def _quick_check(dls: DataLoaders):
+def _quick_check(dls: DataLoaders, source: DataSource):
     "Look at file headers, class counts and twins: print what deserves a look, stop where training would fail."
-    found = check_samples(dls.train_ds.items, dls.valid_ds.items, dls.path).findings
+    checked = check_samples(dls.train_ds.items, dls.valid_ds.items, dls.path, strays=not source.listed,
+                            classes=source.file('classes') or source.classes)
+    found, dls.contents = checked.findings, checked.contents
     bad = [f for f in found if f.kind.startswith('unreadable')]
     grave = [f for f in found if f.level != 'note' and f not in bad]
     dls.warned = [f.text + (f', such as {f.files[0][0]}' if f.files else '') for f in grave]
     for text in dls.warned: print(f'warning: {text}')
+    for f in found:
+        if f.kind == 'passed over' and f not in grave: print(f'note: {f.text}')
     if bad:
         raise ValueError(f"{bad[0].text}; the first: {': '.join(bad[0].files[0])}. "
                          f"`mstoolkit check {dls.path}` lists all; on_bad='skip' (--on-bad skip) leaves them out")
@@ -197,7 +201,7 @@ def _prepare(r: Recipe, source: DataSource) -> Learner:
     dls = recipe_dls(r, source)
     learn = recipe_learner(r, dls)
     if dls.device.type == 'cpu': keep_freed_memory()
-    _quick_check(dls)
+    _quick_check(dls, source)
     return learn
 
 def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume: bool = False):
@@ -210,9 +214,10 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume
         write_env(run, env)
     except BaseException:
         if state.exists():
-            print("stopped; to go on after the last finished epoch: "
-                  f"mstoolkit train --resume {shlex.quote(str(run))}", flush=True)
-        elif not learn.run_history.rows: _take_back(run)
+            # a study keeps what it has not finished in hidden folders
+            how = 'the same mstoolkit ablate' if run.name.startswith('.') else f"mstoolkit train --resume {shlex.quote(str(run))}"
+            print(f"stopped; to go on after the last finished epoch: {how}", flush=True)
+        elif not learn.run_history.rows and not resume: _take_back(run)
         raise
     shutil.rmtree(state.parent)
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
@@ -256,6 +261,8 @@ def _check_same(now: dict, was: dict, path: str):
         then, here = told.format(**was['data']), told.format(**now['data'])
         what = f"{then} then, {here} now" if then != here else f"{then} as before, but of other names or labels"
         raise ValueError(f"the data in {path!r} has changed since the run began: {what}")
+    if was['data'].get('contents') not in (None, now['data']['contents']): # runs of earlier versions have none
+        raise ValueError(f"the images in {path!r} have changed since the run began: the same names, other content")
     then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}} for e in (was, now))
     if differs := [f'{k} {then.get(k)} then, {v} now' for k, v in here.items() if v != then.get(k)]:
         print(f"the weights may differ in rounding from those of a run in one go: {'; '.join(differs)}", flush=True)
@@ -281,5 +288,7 @@ def resume_run(
         env['resumed'] = [*env.get('resumed', []), now['started']]
         write_env(run, env)
         print(f"{r.name}: run folder {run}", end=', ')
-        _run(learn, r, run, env, cbs, resume=True)
+        begun = run_file(run, 'state').is_file()
+        if not begun: print("no epoch had ended: from the start", flush=True)
+        _run(learn, r, run, env, cbs, resume=begun)
     return learn

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mstoolkit.callback.progress import RunHistory
 from mstoolkit.callback.schedule import fit_warm_restarts
 from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
 from mstoolkit.cli import main
+from mstoolkit.core import signals_wait
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import resume_run, train
 from mstoolkit.train import schedules as train_schedules
@@ -412,8 +414,11 @@ def test_what_cannot_be_resumed(recipe, image_folder, tmp_path, capsys):
         other.stdin.close()
     (image_folder/'val'/'2'/'0.png').rename(image_folder/'val'/'2'/'new.png')
     assert '12 validation images of 3 classes as before, but of other names or labels' in resume(tmp_path/'b')
-    (tmp_path/'b'/'checkpoint'/'state.pt').unlink()
-    assert 'start it anew' in resume(tmp_path/'b')
+    (image_folder/'val'/'2'/'new.png').rename(image_folder/'val'/'2'/'0.png')
+    same = (image_folder/'val'/'2'/'1.png').read_bytes()
+    (image_folder/'val'/'2'/'1.png').write_bytes(same[:-20]+bytes([same[-20] ^ 1])+same[-19:])
+    assert 'the same names, other content' in resume(tmp_path/'b')
+    (image_folder/'val'/'2'/'1.png').write_bytes(same)
     assert main(['train']) == 2 and 'folder of images, or --resume' in capsys.readouterr().err
 
 
@@ -421,6 +426,29 @@ class Interrupt(Callback):
     "Ctrl-C in the second epoch."
     def after_batch(self):
         if self.epoch == 1: raise KeyboardInterrupt
+
+
+def test_a_run_killed_in_its_first_epoch_begins_anew_in_place(recipe, image_folder, tmp_path, capsys):
+    r = recipe()
+    whole = train(r, image_folder, tmp_path/'whole')
+    with pytest.raises(KeyboardInterrupt): train(r, image_folder, tmp_path/'run', cbs=[Interrupt()])
+    shutil.rmtree(tmp_path/'run'/'checkpoint')  # as if it had been the first
+    again = resume_run(tmp_path/'run')
+    assert 'no epoch had ended: from the start' in capsys.readouterr().out
+    assert_same_runs(again, whole)
+
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_write(sig, tmp_path):
+    before, done = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)), []
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            with signals_wait():
+                for _ in range(3): signal.raise_signal(sig)
+                done.append('written')
+        assert done == ['written'] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with signals_wait(), pytest.raises(OSError): raise OSError  # an error goes its way
+    finally: signal.signal(signal.SIGTERM, before)
 
 
 def test_a_run_that_ended_no_epoch_leaves_nothing(recipe, image_folder, tmp_path, capsys):

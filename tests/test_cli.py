@@ -37,7 +37,7 @@ def test_train_then_predict(run_folder, image_folder, tmp_path, capsys):
     csv = tmp_path/'prediction.csv'
     assert main(['predict', str(run_folder), str(image_folder/'test'), '--out', str(csv), '--top-k', '2', '--confidence']) == 0
     df = pd.read_csv(csv, dtype={'image_name': str, 'pred_label': str})
-    assert list(df) == ['image_name', 'pred_label', 'confidence', 'label_1', 'confidence_1', 'label_2', 'confidence_2']
+    assert list(df) == ['image_name', 'pred_label', 'label_1', 'confidence_1', 'label_2', 'confidence_2']
     assert len(df) == 9 and list(df.image_name) == sorted(df.image_name) and df.image_name[0] == '10/0'
     assert set(df.pred_label) <= {'2', '10', 'red apple'}
     assert ((df.confidence_1 >= df.confidence_2) & (df.confidence_1 + df.confidence_2 <= 1.00001)).all()

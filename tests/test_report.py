@@ -127,7 +127,7 @@ def test_other_validation_images_give_no_verdict(tmp_path, navon):
 
 
 def test_names_cannot_inject_markup(tmp_path, navon):
-    run = fake_run(tmp_path/'x', navon, name='<script>alert(1)</script>', model=False)
+    run = fake_run(tmp_path/'x', navon, name='<script>alert(1)', model=False)
     f = run/'valid_predictions.csv'
     f.write_text(f.read_text().replace('A-of-A', '<b>&"quoted"'.replace('"', "'")))
     text = checked(write_report(run))

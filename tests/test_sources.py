@@ -163,7 +163,7 @@ def test_tables(tmp_path):
         assert (labels(train), labels(valid), [s.group for s in train]) == (['1', '2'], ['1'], ['x', 'y'])
     for broken, why in [(df.drop(columns='path'), "no column 'path'; it has"),
                         (df.assign(split='trian'), "unknown split 'trian'; did you mean 'train'"),
-                        (df.assign(label=[1, None, 2]), '1 row of the table with no path or no label'),
+                        (df.assign(label=[1, None, 2]), '1 row of the table with no label: row 2, counted'),
                         (df.assign(path='i/a.jpg'), "two labels, '1' and '2'"), (df.assign(split='test'), 'no training rows')]:
         with pytest.raises(ValueError, match=why): source_samples(DataSource(tmp_path, csv=broken))
     for n, text in ((3, '3 files'), (1, '1 file')):

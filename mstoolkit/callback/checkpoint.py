@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .core import is_training_fit
 from .tracker import EarlyStop
-from ..core import atomic_path
+from ..core import atomic_path, signals_wait
 
 # %% ../../nbs/360_callback.checkpoint.ipynb #03631105
 def _plain(o, where: str):
@@ -190,7 +190,7 @@ class Checkpoint(Callback):
         if rank_distrib(): return
         state = dict(format=1, fit=self.n_fits, epochs=self.epoch+1, n_epoch=self.n_epoch, ended=ended,
                      learner=training_state(self.learn))
-        with atomic_path(self.file) as tmp, tmp.open('wb') as f:
+        with signals_wait(), atomic_path(self.file) as tmp, tmp.open('wb') as f:
             torch.save(state, f)  # given a path, torch hides that the disk is full
 
     def _take_over(self):

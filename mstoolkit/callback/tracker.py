@@ -19,7 +19,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 from .core import is_training_fit, table_columns
-from ..core import atomic_path, choice
+from ..core import atomic_path, choice, signals_wait
 from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
@@ -257,7 +257,7 @@ class KeepBest(MetricTracker):
         loss = _valid_loss(self.learn)
         if not improves(value, self.best, mode=self.mode, loss=loss, best_loss=self.best_loss, tie=self.tie): return
         self.best, self.best_loss, self.best_epoch = value, loss, self.n_epochs
-        self._save()
+        with signals_wait(): self._save()
 
     def _save(self):
         "Write the weights; in a distributed run the first process does it for all."
@@ -294,5 +294,5 @@ class StopOnNaN(Callback):
     def after_train(self):
         "Look at the epoch's smoothed loss."
         if torch.isnan(torch.as_tensor(self.learn.smooth_loss)):
-            raise ValueError(f"the training loss is not a number in epoch {self.epoch+1}: "
-                             "choose a lower --lr, or precision fp32")
+            bits = '' if 'mixed_precision' not in self.learn.__dict__ else ", or precision fp32 (--precision)"
+            raise ValueError(f"the training loss is not a number in epoch {self.epoch+1}: choose a lower lr (--lr){bits}")

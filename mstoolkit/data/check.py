@@ -13,17 +13,18 @@ import hashlib
 import html
 import json
 import os
+import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 from ..core import counted, natural_key, track
-from .image import ImageError, decode_image, image_header, read_image
-from .sources import (DataSource, Sample, are_numbers, class_folders, data_source, image_suffixes, images_in,
-                                    listed_classes, source_samples, split_of)
+from .image import ImageError, ImageHeader, bad_kinds, decode_all, decode_image, image_header, read_image
+from .sources import (DataSource, Sample, class_folders, data_source, formula_starts, image_format, image_suffixes, images_in,
+                                    listed_classes, numbered_classes, source_samples, split_of)
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Entry:
     look: tuple = () # (64-bit difference hash, 16×16 grey thumbnail as bytes)
     kind: str = '' # what is wrong, a key of `bad_kinds`; '' when it can be read
     why: str = '' # the same in words
+    warned: str = '' # what the decoder said of a file that it could read
 
 # %% ../../nbs/180_data.check.ipynb #567b6c86
 def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split → names of empty class folders
@@ -53,7 +55,8 @@ def _folder_entries(path: Path) -> tuple[list[Entry], dict]: # entries; split �
             files = images_in(d)
             entries += [Entry(f, split, d.name) for f in files]
             if not files: empty[split].append(d.name)
-        if not dirs: entries += [Entry(f, split, '') for f in images_in(folder)]
+        if not dirs and folder != path: entries += [Entry(f, split, '') for f in images_in(folder)]
+    if not entries: entries = [Entry(f, 'train', '') for f in images_in(path)]
     return entries, empty
 
 def _sample_entries(train: list[Sample], valid: list[Sample]) -> list[Entry]:
@@ -74,20 +77,41 @@ def _not_there(path: Path) -> str: # why it cannot be read
     if os.path.exists(path): return 'not a file'
     return 'the link leads nowhere' if os.path.lexists(path) else 'there is no such file'
 
+_part = 1 << 16 # bytes that are read for a header: most are far shorter, some JPEGs have profiles and previews before it
+
+def _sample_file(f, size: int) -> tuple[bytes, bytes]: # its beginning; that and some places further on
+    "What tells a file from another without reading it whole."
+    head = f.read(_part)
+    places = [head]
+    for k in range(1, 5) if size > _part else (): # the last is its end
+        f.seek(max(_part, size*k//4-4096))
+        places.append(f.read(4096))
+    return head, b''.join(places)
+
+def _read_header(path: Path) -> tuple[ImageHeader, str]: # header, digest of the sample
+    size = os.path.getsize(path)
+    with open(path, 'rb') as f:
+        head, sample = _sample_file(f, size)
+        try: h = image_header(head)
+        except Exception:
+            if size <= _part: raise
+            f.seek(0)
+            h = image_header(f.read())
+    return h, _digest(f'{size} '.encode()+sample)
+
 def _inspect(e: Entry, fast: bool) -> Entry:
     "Read a file; with `fast` only its header."
-    part = 1 << 16 # bytes that are read for a header
+    warned: list = []
     try:
         if not os.path.isfile(e.path): raise ImageError(_not_there(e.path), 'missing')
-        with open(e.path, 'rb') as f: data = f.read(part if fast else -1)
-        h = image_header(data)
-        if fast: told = dict(digest=_digest(f'{os.path.getsize(e.path)} '.encode()+data))
-        else: told = dict(digest=_digest(data), look=_look(decode_image(data, 64)))
-        return replace(e, format=h.format, width=h.width, height=h.height, **told)
+        if fast: h, digest = _read_header(e.path)
+        else:
+            data = e.path.read_bytes()
+            h, digest = image_header(data), _digest(data)
+        look = () if fast else _look(decode_image(data, 64, warned))
+        return replace(e, format=h.format, width=h.width, height=h.height, digest=digest, look=look, warned='; '.join(warned))
     except ImageError as err: return replace(e, kind=err.kind, why=str(err))
-    except Exception as err: # a header that ends beyond the part that was read, a lost network drive
-        if fast and os.path.getsize(e.path) > part: return e
-        return replace(e, kind='damaged', why=str(err).split(' <_io')[0])
+    except Exception as err: return replace(e, kind='damaged', why=str(err).split(' <_io')[0]) # a lost network drive, say
 
 # %% ../../nbs/180_data.check.ipynb #58f1d690
 @dataclass(frozen=True)
@@ -100,7 +124,8 @@ class Finding:
 
 # %% ../../nbs/180_data.check.ipynb #6a0253db
 _suffix_formats = dict(jpg='JPEG', jpeg='JPEG', jpe='JPEG', jfif='JPEG', png='PNG', gif='GIF', bmp='BMP',
-                       tif='TIFF', tiff='TIFF', webp='WEBP', avif='AVIF', ppm='PPM', pgm='PPM', jp2='JPEG2000')
+                       tif='TIFF', tiff='TIFF', webp='WEBP', avif='AVIF', ppm='PPM', pgm='PPM', jp2='JPEG2000',
+                       heic='HEIF', heif='HEIF')
 
 def _file_findings(entries: list[Entry]):
     "Files that cannot be read, or are not what their names say."
@@ -108,7 +133,10 @@ def _file_findings(entries: list[Entry]):
     for e in entries:
         if e.kind: bad[e.kind].append([str(e.path), e.why])
     for kind, files in bad.items():
-        yield Finding('error', f'unreadable: {kind}', f"{counted(len(files), 'file')} cannot be read: {kind}", files)
+        yield Finding('error', f'unreadable: {kind}', f"{counted(len(files), 'file')} cannot be read: {bad_kinds[kind]}", files)
+    if odd := [[str(e.path), e.warned] for e in entries if e.warned]:
+        text = f"{counted(len(odd), 'file')} read with a warning of the decoder: part of the picture may be missing"
+        yield Finding('warning', 'decoder warning', text, odd)
     said = lambda e: _suffix_formats.get(e.path.suffix[1:].lower(), e.format)
     odd = [[str(e.path), f'is {e.format}'] for e in entries if e.format and said(e) != e.format]
     if odd:
@@ -130,6 +158,37 @@ def _loose_findings(path: Path):
             yield Finding('warning', 'loose', f"{n} in no class folder, beside them: not trained on", loose)
         return
 
+def _looks_like_image(path: str) -> bool:
+    try:
+        with open(path, 'rb') as f: return image_format(f.read(64)) is not None
+    except OSError: return False
+
+def _stray_findings(entries: list[Entry]):
+    "Files beside the images that are taken for none, by ending; those that begin as an image does are told apart."
+    strays = defaultdict(list)
+    for d in {e.path.parent for e in entries}:
+        if not d.is_dir(): continue
+        for o in os.scandir(d):
+            end = os.path.splitext(o.name)[1]
+            if o.is_file() and not o.name.startswith('.') and end and end.lower() not in image_suffixes:
+                strays[_looks_like_image(o.path)].append(o.path)
+    for images, files in strays.items():
+        ends = Counter(os.path.splitext(o)[1] for o in files)
+        text = f"{counted(len(files), 'file')} passed over for the ending: " + ', '.join(f'{n:,} {o}' for o, n in ends.most_common(8))
+        text += '; by content they are images: rename them' if images else ''
+        yield Finding('warning' if images else 'note', 'passed over', text, [[o] for o in sorted(files, key=natural_key)])
+
+def _name_findings(entries: list[Entry]):
+    "Class names that a reader would take for one, and names that a spreadsheet would take for formulas."
+    same = defaultdict(set)
+    for e in entries: same[' '.join(unicodedata.normalize('NFKC', e.label).casefold().split())].add(e.label)
+    if twins := [sorted(o) for o in same.values() if len(o) > 1]:
+        text = 'classes that differ by case, spaces or the writing of accents alone: ' + '; '.join(map(_listing, twins))
+        yield Finding('warning', 'twin classes', text)
+    if odd := [[str(e.path)] for e in entries if e.label.startswith(formula_starts) or e.path.name.startswith(formula_starts)]:
+        text = f"{counted(len(odd), 'image')} whose name or class begins with =, +, - or @: a spreadsheet takes such cells for formulas"
+        yield Finding('note', 'formula', text, odd)
+
 def _class_findings(entries: list[Entry], empty: dict):
     "Classes that are empty, missing, alone or very uneven."
     has = {s: Counter(e.label for e in entries if e.split == s and e.label) for s in ('train', 'valid', 'test')}
@@ -147,10 +206,22 @@ def _class_findings(entries: list[Entry], empty: dict):
         yield Finding(level, 'empty class', f"class folders of {s} without images: {_listing(names)}")
     for s, held in has.items():
         if held: yield from _held_out_findings(s, set(held), set(train))
+    if len(train) > 1 and not has['valid']: yield from _single_findings(train)
     if len(train) > 1:
         (most, n), (least, m) = train.most_common()[0], train.most_common()[-1]
         uneven = f"{most!r} has {n:,} training images, {least!r} {m:,}: consider balance='logit-adjust'"
         if n > 5*m: yield Finding('warning', 'imbalance', uneven)
+
+def _single_findings(train: Counter): # images by class, where some are to be held out
+    "Classes of one image, which cannot be in training and in validation."
+    single = [o for o, n in train.items() if n == 1]
+    if len(single) == len(train):
+        yield Finding('error', 'no validation', 'every class has one image, so that none is left for validation: '
+                                                'give a class two images or more, or a val folder')
+    elif single:
+        n = counted(len(single), 'class', 'classes')
+        yield Finding('warning', 'missing class', f"{n} of one image, which validation will not see: {_listing(single[:10])}"
+                                                  + ' …'*(len(single) > 10))
 
 def _listing(names) -> str: return ', '.join(map(repr, names))
 
@@ -162,11 +233,17 @@ def _held_out_findings(split: str, held: set, train: set): # names of classes
         n, some = counted(len(gone), 'class', 'classes'), _listing(gone[:10]) + ' …'*(len(gone) > 10)
         yield Finding('warning', 'missing class', f"{n} of train not in {split}: {some}")
 
-def _list_findings(entries: list[Entry], names: list[str]):
+def _list_findings(entries: list[Entry], classes):
     "What a list of class names says otherwise than the images do."
+    names = listed_classes(classes)
+    if not names: return
     found = {e.label for e in entries if e.label}
-    if are_numbers(found, names): extra, unused = [], [o for i, o in enumerate(names) if str(i) not in found]
-    else: extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
+    try: named = numbered_classes(found, classes)
+    except ValueError as e:
+        yield Finding('error', 'unknown class', str(e))
+        return
+    found = {named.get(o, o) for o in found}
+    extra, unused = sorted(found-set(names), key=natural_key), [o for o in names if o not in found]
     if extra: yield Finding('error', 'unknown class', f"labels that are not in the class list: {_listing(extra)}")
     if unused: yield Finding('warning', 'missing class', f"classes of the list without an image: {_listing(unused)}")
 
@@ -252,6 +329,7 @@ class Findings:
     sizes: dict # 'smallest', 'median', 'largest': width × height in pixels, by area
     formats: dict # format → number of files
     findings: list # of `Finding`, the worst first
+    contents: str = '' # digest of what is in the files, in their order; of a sample of each where they are not read whole
 
     @property
     def ok(self) -> bool: # no error among the findings
@@ -318,7 +396,7 @@ _row = 'display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;border-top:1px 
 
 def _group_html(f: Finding, group: list[str]) -> str: # files, or one file and what is said of it
     files, words = group, []
-    if f.kind.startswith(('unreadable', 'wrong', 'odd')): files, words = group[:1], group[1:]
+    if f.kind.startswith(('unreadable', 'wrong', 'odd', 'decoder')): files, words = group[:1], group[1:]
     figure = '<figure style="margin:0;max-width:100%">{}<figcaption>{}</figcaption></figure>'
     names = ''.join(figure.format(_thumb(o), html.escape(o)) for o in files[:6])
     return f'<li style="{_row}">{names}{html.escape(" ".join(words))}</li>'
@@ -383,8 +461,9 @@ def check_data(
     listed = _is_listed(source)
     if listed: entries, empty = _sample_entries(*source_samples(source, strict=False)), {}
     else: entries, empty = _folder_entries(path)
-    more = [*_group_findings(entries), *(() if listed else _loose_findings(path))]
-    if names := listed_classes(source.file('classes') or source.classes): more += _list_findings(entries, names)
+    more = [*_group_findings(entries), *_list_findings(entries, source.file('classes') or source.classes)]
+    if not listed: more += _loose_findings(path)
+    if not source.listed: more += _stray_findings(entries)
     return _findings(path, entries, empty, fast, more)
 
 def _is_listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
@@ -393,17 +472,22 @@ def _is_listed(source: DataSource) -> bool: # whether a table or a list, or fold
 def check_samples(
     train: list[Sample], # training images
     valid: list[Sample], # validation images
-    path: str|Path # where they come from, for the report
+    path: str|Path, # where they come from, for the report
+    *,
+    classes: Iterable[str]|str|Path|None = None, # names in the outputs' order, or a file of them
+    strays: bool = False # look for files beside the images too: where folders, no list, say what is trained on
 ) -> Findings: # the worst first
     "The fast part of the check, on listed images: headers, class counts, files that are the same; `train` does it."
-    return _findings(path, _sample_entries(train, valid), {}, True)
+    entries = _sample_entries(train, valid)
+    more = [*_list_findings(entries, classes), *(_stray_findings(entries) if strays else ())]
+    return _findings(path, entries, {}, True, more)
 
 def _findings(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> Findings:
     "Read the files and put together what they tell."
-    with ThreadPoolExecutor(os.cpu_count() or 1) as ex:
-        seen = list(track(ex.map(lambda e: _inspect(e, fast), entries), 'check images', total=len(entries)))
+    seen = list(track(decode_all(lambda e: _inspect(e, fast), entries), 'check images', total=len(entries)))
+    contents = _digest(' '.join(e.digest for e in seen).encode())
     if fast: seen = _digest_alike(seen)
-    findings = [*_class_findings(seen, empty), *_file_findings(seen), *_twin_findings(seen), *more]
+    findings = [*_class_findings(seen, empty), *_name_findings(seen), *_file_findings(seen), *_twin_findings(seen), *more]
     findings.sort(key=lambda f: ('error', 'warning', 'note').index(f.level))
     formats = dict(Counter(e.format for e in seen if e.format).most_common())
-    return Findings(str(path), _counts(seen), _sizes(seen), formats, findings)
+    return Findings(str(path), _counts(seen), _sizes(seen), formats, findings, contents)

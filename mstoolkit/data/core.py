@@ -14,7 +14,6 @@ import pickle
 import random
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from operator import is_
 from pathlib import Path
@@ -35,10 +34,10 @@ from .augment import apply_tfms, augment_tfms, split_colour
 from .cache import build_cache
 from ..core import choice, track
 from .colour import DeviceColour
-from .image import ImageError, imagenet_mean, imagenet_std, pil_rgb, read_image, to_rgb
+from .image import ImageError, decode_all, imagenet_mean, imagenet_std, pil_rgb, read_image, to_rgb
 from .sources import (DataSource, Sample, class_names, data_source, fold_split, source_samples,
                                     stratified_split)
-from .workers import Workers, prepare_worker, start_method
+from .workers import Workers, start_method, worker_deaths, worker_init
 
 # %% ../../nbs/170_data.core.ipynb #8f8b0ca7
 def _stack(
@@ -265,15 +264,12 @@ class ImageDL(TfmdDL):
         except ImageError: self._n_inp, self._types = 1, {tuple: [TensorImage, TensorCategory]}
 
     def __iter__(self):
-        try: yield from self._from_workers() if self.fake_l.num_workers else super().__iter__()
+        try:
+            with worker_deaths(): yield from self._from_workers() if self.fake_l.num_workers else super().__iter__()
         except ImageError as e: # a worker wraps the message in its own traceback
             why = str(e).rpartition('ImageError: ')[2].strip()
             why += "; `mstoolkit check` lists all such files, on_bad='skip' leaves them out"
             raise ImageError(why, e.kind) from None
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise RuntimeError("a loader process died, most often for want of memory: "
-                               "use fewer of them (num_workers) or a smaller size") from e
 
 def _augments(dl) -> list[AugmentImage]:
     "The `AugmentImage` transforms of a loader's data set."
@@ -297,8 +293,7 @@ def unreadable_images(
     def attempt(f):
         try: read_image(f, 8)
         except ImageError as e: return str(e)
-    with ThreadPoolExecutor(os.cpu_count()) as ex:
-        whys = list(track(ex.map(attempt, files), 'check images', total=len(files)))
+    whys = list(track(decode_all(attempt, files), 'check images', total=len(files)))
     return {f: why for f, why in zip(files, whys) if why}
 
 # %% ../../nbs/170_data.core.ipynb #2c59671e
@@ -348,8 +343,13 @@ def _samples(source: DataSource, seed: int) -> tuple[list[str], list[Sample], li
               f"fold {source.fold} of {source.folds} is held out instead")
     tr, va, left_out = _drop_bad(tr, va) if source.on_bad == 'skip' else (tr, va, {})
     names, tr, va = class_names(tr, va, source.file('classes') or source.classes)
+    if source.folds and source.valid_pct != DataSource.valid_pct:
+        raise ValueError(f"valid_pct={source.valid_pct:g} has no effect with folds={source.folds}: leave one of them out")
     if source.folds: tr, va = fold_split(tr, source.folds, source.fold, seed)
     elif not va: tr, va = stratified_split(tr, source.valid_pct, seed)
+    elif source.valid_pct != DataSource.valid_pct:
+        raise ValueError(f"valid_pct={source.valid_pct:g} has no effect where there are validation images: leave it out, "
+                         "or hold out training images instead with valid='none' (--valid none)")
     return names, tr, va, left_out
 
 def _use_cache(dls: DataLoaders, folder: Path):
@@ -440,4 +440,4 @@ def image_loader(
     workers = default_workers(len(files)) if num_workers is None else num_workers
     return torch.utils.data.DataLoader(_Files(files, size), bs, num_workers=workers, collate_fn=_split_bad,
                                        multiprocessing_context=start_method if workers else None,
-                                       worker_init_fn=prepare_worker)
+                                       worker_init_fn=worker_init())

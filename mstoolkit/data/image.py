@@ -6,18 +6,25 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.image.html.md"""
 
 # %% auto #0
 __all__ = ['bad_kinds', 'max_pixels', 'grey_weights', 'imagenet_mean', 'imagenet_std', 'ImageError', 'ImageHeader',
-           'image_header', 'to_rgb', 'pil_rgb', 'decode_image', 'read_image']
+           'image_header', 'to_rgb', 'pil_rgb', 'overheard', 'decode_image', 'read_image', 'decode_all']
 
 # %% ../../nbs/110_data.image.ipynb #9eee47ce
+import contextlib
 import os
 import stat
 import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from fastcore.basics import chunked
 from PIL import Image, ImageOps
 from .sources import image_format
 
@@ -27,7 +34,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 # %% ../../nbs/110_data.image.ipynb #b0d64c78
 bad_kinds = dict( # what can be wrong with a file
     missing='the file is gone', empty='the file is empty', alien='not an image', truncated='cut off',
-    huge='absurd dimensions', damaged='damaged')
+    huge='absurd dimensions', damaged='damaged', heic='HEIC photographs, which need a package more: pip install mstoolkit[heic]')
 
 class ImageError(ValueError):
     "A file that cannot be read as an image: names the file and what is wrong with it."
@@ -66,6 +73,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int]: # width, height
 # an explicit list: Pillow would run Ghostscript on EPS
 _pillow_formats = ['AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP']
 
+def _open(data: bytes) -> Image.Image:
+    if image_format(data) != 'HEIF': return Image.open(BytesIO(data), formats=_pillow_formats)
+    try: from pillow_heif import register_heif_opener
+    except ImportError: raise ImageError(f"one of the {bad_kinds['heic']}", 'heic') from None
+    register_heif_opener()
+    return Image.open(BytesIO(data), formats=['HEIF'])
+
 # %% ../../nbs/110_data.image.ipynb #6ac344c0
 def image_header(
     data: bytes # a file's content; for JPEG and PNG its beginning will do
@@ -77,7 +91,7 @@ def image_header(
     if fmt == 'JPEG': w, h = _jpeg_size(data)
     elif fmt == 'PNG' and data[12:16] == b'IHDR': w, h = struct.unpack('>II', data[16:24])
     else:
-        with Image.open(BytesIO(data), formats=_pillow_formats) as im: w, h = im.size
+        with _open(data) as im: w, h = im.size
     if w*h > max_pixels:
         raise ImageError(f"{w:,} × {h:,} pixels are more than the {max_pixels:,} that are read", 'huge')
     if w*h == 0: raise ImageError(f"{w} × {h} pixels", 'damaged')
@@ -133,7 +147,7 @@ def pil_rgb(
 
 # %% ../../nbs/110_data.image.ipynb #2e0e3e65
 def _pillow(data: bytes) -> np.ndarray:
-    with Image.open(BytesIO(data), formats=_pillow_formats) as im: return pil_rgb(im)
+    with _open(data) as im: return pil_rgb(im)
 
 _reduced = {8: 64, 4: 32, 2: 16, 1: 0} # OpenCV's flags for decoding a JPEG at 1/8, 1/4, 1/2 and full size
 
@@ -161,6 +175,49 @@ def _decode(data: bytes, size: int|None) -> np.ndarray:
         return to_rgb(im if im.ndim == 2 else im[..., [2, 1, 0, 3][:im.shape[2]]])
     return _pillow(data)
 
+# %% ../../nbs/110_data.image.ipynb #a64bd27c
+_listening = False # one at a time: standard error belongs to the whole process
+_tap: dict = {} # process → the file that takes its standard error meanwhile: a forked one would share its parent's
+
+def _own_tap() -> int: # file descriptor
+    if os.getpid() not in _tap:
+        with tempfile.TemporaryFile() as f: _tap[os.getpid()] = os.dup(f.fileno())
+    return _tap[os.getpid()]
+
+@contextlib.contextmanager
+def overheard() -> Iterator[list]: # the lines, when the block has ended; empty where somebody is listening already
+    "Take what C libraries write to standard error; Python's own writing goes there too, so the block should do none."
+    global _listening
+    said: list = []
+    try: tap, err = (None, None) if _listening else (_own_tap(), os.dup(2))
+    except OSError: tap, err = None, None # it is closed, or there is nowhere to keep a file
+    if err is None:
+        yield said
+        return
+    _listening = True
+    try:
+        os.dup2(tap, 2)
+        yield said
+    finally:
+        os.dup2(err, 2)
+        os.close(err)
+        _listening = False
+        if n := os.fstat(tap).st_size:
+            os.lseek(tap, 0, os.SEEK_SET)
+            text = os.read(tap, n).decode(errors='replace')
+            os.ftruncate(tap, 0)
+            os.lseek(tap, 0, os.SEEK_SET)
+            # libpng's are about profiles and texts, not about pixels
+            said += dict.fromkeys(o.strip() for o in text.splitlines() if o.strip() and not o.startswith('libpng warning'))
+
+_told: set = set() # files
+
+def _tell(path, warned: list):
+    "Say once in a process what the decoder says of a file."
+    if path in _told: return
+    _told.add(path)
+    print(f"warning: {path}: {'; '.join(warned)} (part of the picture may be missing)", file=sys.stderr)
+
 # %% ../../nbs/110_data.image.ipynb #6dd9c77a
 _decode_errors = (OSError, ValueError, RuntimeError, SyntaxError, IndexError, KeyError, TypeError, EOFError,
                   MemoryError, struct.error, cv2.error) # what OpenCV and Pillow raise at bad data
@@ -168,10 +225,15 @@ _decode_errors = (OSError, ValueError, RuntimeError, SyntaxError, IndexError, Ke
 def decode_image(
     data: bytes, # an image file's content
     # side the model will see, in pixels: a JPEG of at least twice that is decoded at 1/2, 1/4 or 1/8 of its size
-    size: int|None = None
+    size: int|None = None,
+    warned: list|None = None # takes what the decoder says of a picture that it could make out all the same
 ) -> np.ndarray: # uint8 H×W×3, RGB, turned upright as its EXIF says
     "Decode an image, or raise an `ImageError` that says what is wrong."
-    try: return _decode(data, size)
+    try:
+        if warned is None: return _decode(data, size)
+        with overheard() as said: im = _decode(data, size)
+        warned += said
+        return im
     except ImageError: raise
     except Image.DecompressionBombError as e: raise ImageError(str(e), 'huge') from e
     except _decode_errors as e:
@@ -187,9 +249,24 @@ def read_image(
         # to open a named pipe would wait for ever
         if not stat.S_ISREG(os.stat(path).st_mode): raise ImageError("not a file", 'alien')
         with open(path, 'rb') as f:
-            head = f.read(16)
+            head = f.read(64)
             # raises before a huge file that is no image is read whole
             if head and image_format(head) is None: image_header(head)
-            return decode_image(head + f.read(), size)
+            # where threads decode, what is said could be another's
+            warned: list|None = [] if threading.current_thread() is threading.main_thread() else None
+            im = decode_image(head + f.read(), size, warned)
+            if warned: _tell(path, warned)
+            return im
     except ImageError as e: raise ImageError(f"{path} cannot be read as an image: {e}", e.kind) from e.__cause__
     except OSError as e: raise ImageError(f"{path} cannot be read: {e.strerror or e}", 'missing') from e
+
+# %% ../../nbs/110_data.image.ipynb #25aee997
+def decode_all(
+    f: Callable, # reads the file of an item
+    items: Iterable # what to pass to it
+) -> Iterator: # what it returns, in order
+    "`f` of each item, in threads; where a decoder complained, once more in this thread, where it is known of which item."
+    with ThreadPoolExecutor(os.cpu_count() or 1) as ex:
+        for some in chunked(items, 128):
+            with overheard() as said: out = list(ex.map(f, some))
+            yield from (map(f, some) if said else out)

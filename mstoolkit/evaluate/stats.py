@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import special, stats
+from ..core import counted
 
 # %% ../../nbs/510_evaluate.stats.ipynb #b034ed30
 @dataclass(frozen=True)
@@ -426,6 +427,7 @@ def _note(row: pd.Series, c: np.ndarray, base: np.ndarray, alpha: float, m: int,
     v, n, s = noise(c, base, pool), int(row.images), min(len(c), len(base))
     if not row.diff_low*row.diff_high > 0: # the interval holds 0
         seen = max(detectable(v, n, s, alpha=alpha/m), 1/n)
+        if seen >= 1: return f"{counted(n, 'image')} and {counted(s, 'seed')} a cell would show no difference of any size"
         return f"a difference of {100*seen:.1f} points would have been seen"
     return _said(_why(row, alpha, m), _advice(row, size_range(row.diff_low, row.diff_high, v, n, s, alpha=alpha/m), s))
 
