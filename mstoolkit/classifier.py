@@ -162,9 +162,13 @@ class Classifier:
     ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
         "Image files, normalised and on the network's device; what cannot be read is returned by name."
         norm, device = NormalizeUint8(self.header.mean, self.header.std), next(self.model.parameters()).device
-        with worker_deaths():
-            for x, good, bad in image_loader(files, self.header.size, bs=bs, num_workers=num_workers):
-                yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
+        loaded = iter(image_loader(files, self.header.size, bs=bs, num_workers=num_workers))
+        try:
+            with worker_deaths():
+                for x, good, bad in loaded:
+                    yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
+        finally: # now: torch would tell of a dead process again whenever any other ends
+            if hasattr(loaded, '_shutdown_workers'): loaded._shutdown_workers()
 
     @classmethod
     def from_report_a(cls,

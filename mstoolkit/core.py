@@ -173,7 +173,8 @@ def check_new(
         ways = ' and nothing is ever overwritten: choose another name or move it away'
         if force is False and path.is_file(): ways = ': choose another name, or replace it with force=True (--force)'
         raise ValueError(f"{what} {str(path)!r} already exists{ways}")
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    above = path.absolute().parents
+    there = next(p for p in (above if path.is_file() else (path, *above)) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f'cannot write {what}', str(path))
     return path

@@ -180,7 +180,8 @@ def read_history(
     numbers = 'epoch', 'train_loss', 'valid_loss', 'seconds'
     if missing := [c for c in numbers if c not in df]:
         raise ValueError(f"{str(file)!r} is damaged: it has no column {', no '.join(missing)}")
-    if odd := [c for c in df if c not in ('phase', 'mixed') and df[c].dtype == object and df[c].notna().any()]:
+    texts = 'phase', 'mixed'
+    if odd := [c for c in df if c not in texts and df[c].notna().any() and not pd.api.types.is_numeric_dtype(df[c])]:
         raise ValueError(f"{str(file)!r} is damaged: column {odd[0]!r} holds {df[odd[0]].dropna().iloc[0]!r}, which is no number")
     return df
 

@@ -37,7 +37,7 @@ from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_d
                             write_text)
 from .data.check import check_samples
 from .data.core import image_dls
-from .data.sources import DataSource, data_source, kept_files
+from .data.sources import DataSource, data_source, kept_files, left_aside
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
@@ -250,6 +250,7 @@ def train(
         if dls.left_out: write_text(run_file(run, 'left_out'), '\n'.join(dls.left_out.values()))
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
+        if aside := left_aside(source): print(f"left aside: {aside}", flush=True)
         _run(learn, r, run, env, cbs)
     return learn
 

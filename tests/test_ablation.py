@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from mstoolkit import ablation
 from mstoolkit.ablation import Study, format_table, grid, load_study, plot_study, run_study, studies, study_jobs, study_table
+from mstoolkit.cli import main
 from mstoolkit.data.make import make_digits, make_navon
 from mstoolkit.data.sources import data_source
 from mstoolkit.recipe import Recipe
@@ -92,6 +93,25 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path, navon, fake_train,
     assert list(df.index) == ['plain', 'gated'] and 'this rate is absurd' in capsys.readouterr().out
     with pytest.raises(ValueError, match='no run of the study'):
         run_study(Study('b', {k: dict(lr=1., head=k) for k in ('plain', 'gated')}), navon, tmp_path/'b', recipe=BASE, seeds=1)
+
+
+def test_a_study_with_a_failed_run_says_so_everywhere(tmp_path, navon, fake_train, monkeypatch, capsys):
+    HEADS_TOML = '[cells.plain]\nhead = "plain"\n[cells.gated]\nhead = "gated"\n'
+    (tmp_path/'s.toml').write_text(HEADS_TOML)
+    train, broken = ablation.train, {('gated', 1)}
+    def fails(r, *args):
+        if (r.head, r.seed) in broken: raise OSError('the disk is gone')
+        train(r, *args)
+    monkeypatch.setattr(ablation, 'train', fails)
+    words = ['ablate', str(navon), '--study', str(tmp_path/'s.toml'), '--out', str(tmp_path/'study'), '--seeds', '2', '--backbone', 'test_resnet']
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert 'failed, and not counted: gated, seed 1: OSError: the disk is gone' in said.out
+    assert '1 run failed: gated, seed 1; the same command tries again' in said.err
+    assert 'not counted: gated, seed 1' in (tmp_path/'study'/'table.txt').read_text()
+    broken.clear()
+    assert main(words) == 0 and 'not counted' not in capsys.readouterr().out
+    assert 'not counted' not in (tmp_path/'study'/'table.txt').read_text()
 
 
 def test_a_folder_belongs_to_one_study(tmp_path, navon, fake_train):

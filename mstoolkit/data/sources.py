@@ -7,8 +7,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.sources.html.md"""
 # %% auto #0
 __all__ = ['image_suffixes', 'formula_starts', 'split_names', 'kept_files', 'Sample', 'image_format', 'image_files', 'split_of',
            'DataSource', 'data_source', 'class_folders', 'images_in', 'folder_samples', 'split_folder', 'split_folders',
-           'table_samples', 'list_samples', 'source_samples', 'read_classes', 'listed_classes', 'numbered_classes',
-           'class_names', 'stratified_split', 'fold_split']
+           'table_samples', 'list_samples', 'left_aside', 'source_samples', 'read_classes', 'listed_classes',
+           'numbered_classes', 'class_names', 'stratified_split', 'fold_split']
 
 # %% ../../nbs/160_data.sources.ipynb #c081d8a5
 import csv as csv_lines
@@ -400,6 +400,19 @@ def _listed(
     what = ' and '.join(o for o in (source.train, source.valid) if o != 'none')
     return list_samples(source.file('train'), source.path), list_samples(valid, source.path) if valid else [], what
 
+def left_aside(
+    source: DataSource|str|Path # the data
+) -> str: # '24 rows of the test split', "folder 'test'"; '' where there is none
+    "What a source holds for testing, which no training looks at."
+    source = data_source(source)
+    if source.in_memory or source.csv:
+        df = _read_table(source.csv if source.in_memory else source.file('csv') or source.csv)
+        n = sum(split_of(o) == 'test' for o in df['split'].dropna()) if 'split' in df else 0
+        return f"{counted(n, 'row')} of the test split" if n else ''
+    if source.listed: return ''
+    found = [o.name for o in class_folders(source.path) if split_of(o.name) == 'test']
+    return f"folder{'s'*(len(found) > 1)} {', '.join(map(repr, found))}" if found else ''
+
 def source_samples(
     source: DataSource|str|Path, # the data
     strict: bool = True # files not there, with two labels or in both splits are an error; `check` reports them instead
@@ -501,8 +514,7 @@ def class_names(
     if names and (extra := found - set(names)):
         raise ValueError(f"not in the class list: {', '.join(map(repr, sorted(extra, key=natural_key)))}")
     names = names or sorted(found, key=natural_key)
-    known = set(names)
-    if bad := next((s for s in valid if s.label not in known), None):
+    if bad := next((s for s in valid if s.label not in found), None):
         raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and not in the training set")
     return names, train, valid
 

@@ -310,7 +310,8 @@ def multiscale_model(
     **head_kw: Any # options of the head, such as `drop` and `act`
 ) -> MultiScaleModel: # body and head
     "A timm backbone with the head called `head` on its last `n_stages` maps."
-    choice(head, heads, 'head')
+    try: choice(head, heads, 'head')
+    except ValueError as e: raise ValueError(f"{e}; one of your own is registered when its module is imported (--plugin)") from None
     for k in head_kw: choice(k, _head_options(head), f'option of head {head!r}:')
     if n_out < 1: raise ValueError(f"n_out={n_out}: a classifier needs at least one output")
     body = TimmStages(backbone, pretrained, in_chans, n_stages, weights_file, img_size)
