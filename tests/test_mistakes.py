@@ -276,6 +276,18 @@ def test_a_run_that_is_not_there_is_one_short_line(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match='is not a finished run folder'): Run(tmp_path)
 
 
+@pytest.mark.parametrize('where', ['new', 'train'])
+def test_one_level_too_high(where, tmp_path, capsys):
+    "A folder whose class folders hold folders alone: which of them are the classes, nobody can know."
+    for i, (a, b) in enumerate([(where, 'hat'), (where, 'cap'), ('old', 'hat'), ('old', 'cap')]): fill(tmp_path/a/b, 3, 10*i)
+    if where == 'train': (tmp_path/'train').rename(tmp_path/'entra\u00eenement')
+    with pytest.raises(ValueError, match="they hold only folders: 'cap', 'hat'"): source_samples(tmp_path)
+    assert not check_data(tmp_path).ok
+    assert 'hold only folders' in said(capsys, 'train', tmp_path, '--no-pretrained', '--backbone', 'test_resnet', '--out', tmp_path/'run')
+    fill(tmp_path/'direct', 3, 90)  # folders within some classes are nobody's business
+    assert len(source_samples(tmp_path)[0]) == 15
+
+
 # 23: one image a class, no training folder
 
 def fill(folder, n, seed=0):

@@ -235,7 +235,8 @@ class KeepBest(MetricTracker):
     def __init__(self,
         monitor: str = 'accuracy', # a column of the learner's table
         *,
-        file: str|Path|None = None, # where to keep the weights; `None`: `learn.path/learn.model_dir/best.safetensors`
+        # where to keep the weights; `None`: models/best.safetensors, in `learn.path` where that is not the data folder, else here
+        file: str|Path|None = None,
         tie: float|None = 0., # so close to the best, a lower validation loss is better; 0: among equals; `None`: never
         mode: str|None = None # 'max' or 'min' is better; `None`: by the name
     ):
@@ -247,7 +248,10 @@ class KeepBest(MetricTracker):
         "Make the folder now, so that a path that cannot be written is known before the first epoch."
         super().before_fit()
         if not self.run: return
-        if self.file is None: self.file = Path(self.learn.path)/self.learn.model_dir/'best.safetensors'
+        if self.file is None:
+            # beside class folders, a folder of models would be taken for a class
+            root = Path() if self.learn.path == self.learn.dls.path else Path(self.learn.path)
+            self.file = root/self.learn.model_dir/'best.safetensors'
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def update(self,

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from ..core import counted, natural_key, track
 from .image import ImageError, ImageHeader, bad_kinds, decode_all, decode_image, image_header, read_image
-from .sources import (DataSource, Sample, class_folders, data_source, formula_starts, image_format, image_suffixes, images_in,
+from .sources import (DataSource, Sample, class_folders, class_names, data_source, formula_starts, image_format, image_suffixes, images_in,
                                     listed_classes, numbered_classes, source_samples, split_of)
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
@@ -464,7 +464,13 @@ def check_data(
     more = [*_group_findings(entries), *_list_findings(entries, source.file('classes') or source.classes)]
     if not listed: more += _loose_findings(path)
     if not source.listed: more += _stray_findings(entries)
-    return _findings(path, entries, empty, fast, more)
+    found = _findings(path, entries, empty, fast, more)
+    return replace(found, findings=[*_refusals(source), *found.findings]) if found.ok else found
+
+def _refusals(source: DataSource):
+    "What training would refuse, and nothing above has found."
+    try: class_names(*source_samples(source, strict=False), source.file('classes') or source.classes)
+    except (ValueError, OSError) as e: yield Finding('error', 'refused', str(e))
 
 def _is_listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
     return source.in_memory or bool(source.csv) or source.train != 'train' or source.valid != 'val'

@@ -242,6 +242,10 @@ def images_in(
     except ValueError: return []
 
 # %% ../../nbs/160_data.sources.ipynb #7ed817e3
+def _some(names: Iterable[str]) -> str:
+    names = [repr(o) for o in names]
+    return ', '.join(names[:5]) + f' … ({len(names)})'*(len(names) > 5)
+
 def folder_samples(
     folder: str|Path, # one folder a class; each may have folders of its own
     skip: Iterable[str] = () # names of folders that are no classes
@@ -256,6 +260,11 @@ def folder_samples(
     empty = [o.name for o, files in found.items() if not files]
     if len(empty) == len(dirs):
         raise ValueError(f"there are no images in {str(folder)!r} (endings: {' '.join(sorted(image_suffixes))})")
+    if all(found.values()) and not any(f.parent == o for o, files in found.items() for f in files):
+        inner = sorted({f.relative_to(o).parts[0] for o, files in found.items() for f in files}, key=natural_key)
+        raise ValueError(f"{str(folder)!r} was understood as the classes {_some(o.name for o in dirs)}, and they hold only folders: "
+                         f"{_some(inner)}. If those are the classes, give the folder that they lie in; if not, put the images "
+                         "into their class folders, or list them (csv=, --csv)")
     if empty:
         raise ValueError(f"class folder{'s'*(len(empty) > 1)} without images in {str(folder)!r}: "
                          f"{', '.join(map(repr, empty))}; fill or remove")
