@@ -288,6 +288,7 @@ def run_study(
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     # a stopwatch's choice could differ between runs
     if base.memory_format == 'auto': base = replace(base, memory_format='contiguous')
+    if base.precision == 'auto': base = replace(base, precision='fp32')
     source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
     if seeds < 1 or jobs < 1: raise ValueError(f"seeds is {seeds} and jobs {jobs}: give 1 or more")

@@ -192,15 +192,16 @@ class Recipe(PlainData):
                                "epochs without improvement before the run stops; 0 never stops", lo=0)
     # machine
     device:str = option('auto', str, 'Machine', "auto, cpu, cuda, cuda:N or mps")
-    memory_format:str = option('auto', str, 'Machine', "auto times both on the first batch and keeps the faster",
+    memory_format:str = option('auto', str, 'Machine', "layout of the maps: auto times both on the first batch and keeps the faster",
                            choices=('auto', 'contiguous', 'channels-last'))
     colour_on:str = option('auto', str, 'Machine',
                            "where colour jitter and erasing run: workers, device, or auto: a GPU does it",
                            choices=('auto', 'workers', 'device'))
     compile:bool = option(False, bool, 'Machine',
                           "compile the network with torch.compile; pays on long runs, mostly on GPUs")
-    precision:str = option('fp32', str, 'Machine', "fp32, or on a GPU bf16 or fp16 arithmetic",
-                           choices=('fp32', 'bf16', 'fp16'))
+    precision:str = option('auto', str, 'Machine',
+                           "numbers computed in: auto times fp32 and the device's 16-bit format, keeps the faster",
+                           choices=('auto', 'fp32', 'bf16', 'fp16'))
     seed:int = option(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
     def __post_init__(self):
