@@ -10,9 +10,11 @@ __all__ = ['FORMAT', 'ModelHeader', 'read_header', 'Classifier', 'KeepModel']
 # %% ../nbs/620_classifier.ipynb #335be980
 import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +27,11 @@ from torch import nn
 
 from . import __version__
 from .callback.tracker import KeepBest
-from .core import atomic_path
+from .core import atomic_path, choice
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
+from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, run_in, time_ways, told,
+                                         ways)
+from .models.fold import fold_batchnorms
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
 from .runs import library_versions, run_file
@@ -163,6 +168,24 @@ class Classifier:
         norm, device = NormalizeUint8(self.header.mean, self.header.std), next(self.model.parameters()).device
         for x, good, bad in image_loader(files, self.header.size, bs=bs, num_workers=num_workers):
             yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
+
+    def network(self,
+        x: torch.Tensor, # (B, C, H, W) images as the network takes them, to try it on
+        n: int, # images to come
+        *,
+        precision: str = 'fp32' # see `predict_probs`
+    ) -> Callable: # images → logits
+        "The network made ready to predict many images."
+        choice(precision, ('auto', 'exact', *precisions), 'precision')
+        model = self.model.eval()
+        if precision == 'exact': return torch.inference_mode()(model.forward)
+        can = ways(precision, 'auto', x.device)
+        if n < 200: return partial(run_in, can[0], model)  # what follows takes as long as some images do
+        model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
+        took = time_ways(prediction_step(model, few, can), can, n//len(few), share=.03)
+        way = fastest(took) if took else can[0]
+        if precision == 'auto' and took: print(f"arithmetic: {told(way, took, f'{len(few)} images')}", file=sys.stderr, flush=True)
+        return partial(run_in, way, model.to(memory_format=layouts[way[1]]))
 
     @classmethod
     def from_report_a(cls,

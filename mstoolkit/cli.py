@@ -48,7 +48,8 @@ def _common(version: Annotated[bool, typer.Option('--version', callback=_show_ve
 _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
     head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'strong', 'upright', 'shift'),
-    device=('auto', 'cpu', 'cuda', 'mps'), on_bad=('error', 'skip'), data=('navon', 'digits', 'fashion-mnist'))
+    device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
+    on_bad=('error', 'skip'), data=('navon', 'digits', 'fashion-mnist'))
 
 def _complete(names: tuple) -> Callable: # typer keeps those that begin as the word that was begun
     "What completes a word; where no name does, the shell goes on with files."
@@ -165,13 +166,15 @@ def predict(
     num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
     device: Annotated[str, typer.Option(autocompletion=_complete(_names['device']),
         help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
+    precision: Annotated[str, typer.Option(autocompletion=_complete(_names['precision']),
+        help="numbers computed in: fp32; exact (fp32, and the same bits every time); bf16, fp16, or auto (what is fastest)")] = 'fp32',
 ):
     "Classify a folder of images into a CSV."
     file = check_new(out.with_suffix('.zip') if zip else out)
     _folder(images)
     from mstoolkit.predict import predict_folder, write_predictions
     df = predict_folder(model, images, top_k=top_k, confidence=confidence, on_bad=on_bad, bs=bs, device=device,
-                        num_workers=None if num_workers < 0 else num_workers)
+                        precision=precision, num_workers=None if num_workers < 0 else num_workers)
     write_predictions(df, out, zip=zip)
     print(f"{len(df):,} predictions in {file}")
 

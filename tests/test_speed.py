@@ -1,5 +1,6 @@
 "Arithmetic is chosen by what was measured, once, and a chosen one is the named one; what predicts faster predicts the same."
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from mstoolkit.callback import speed
 from mstoolkit.callback.speed import Arithmetic
+from mstoolkit.classifier import Classifier, ModelHeader
+from mstoolkit.cli import main
 from mstoolkit.core import keep_freed_memory
 from mstoolkit.models import arithmetic
 from mstoolkit.models.arithmetic import layouts
+from mstoolkit.models.fold import fold_batchnorms
 from mstoolkit.models.fusion import multiscale_model
+from mstoolkit.predict import predict_folder, predict_probs
 
 
 @pytest.fixture
@@ -187,13 +192,100 @@ def test_two_that_decide_the_precision(learn):
     with pytest.raises(ValueError, match="leave out to_fp16 or to_bf16"): learn.fit(1, cbs=Arithmetic())
 
 
+# prediction
+
+@pytest.fixture(scope='module')
+def clf():
+    "A network whose batch norms have something to fold."
+    torch.manual_seed(0)
+    model = multiscale_model('test_resnet', 'gated', 3, pretrained=False).train()
+    for _ in range(3): model(torch.randn(8, 3, 32, 32)*2 + 1)
+    return Classifier(model.eval(), ModelHeader(config=model.config, classes=['2', '10', 'red apple'], size=32, mean=(.5,)*3, std=(.25,)*3))
+
+
+def norms(model): return sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize('name,left', [
+    ('test_resnet', 0), ('test_efficientnet', 0), ('test_byobnet', 0), ('resnest14d', 0), ('resnet10t', 0), ('ghostnet_050', 0), ('hrnet_w18_small', 0),
+    ('densenet121', 62), ('test_convnext', 0), ('test_vit', 0), ('mobileone_s0', 35), ('res2net50_14w_8s', 0)])
+def test_folded_networks_compute_the_same(name, left):
+    torch.manual_seed(0)
+    model, x = multiscale_model(name, 'gated', 5, pretrained=False, img_size=96 if 'vit' in name else None), torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        for _ in range(2): model.train()(x*2 + 1)
+    before, model = weights(SimpleNamespace(model=model)), model.eval()
+    folded = fold_batchnorms(model, x)
+    with torch.inference_mode(): want, got = model(x), folded(x)
+    assert (got-want).abs().max() <= 2e-5*want.abs().max() and norms(folded) == left
+    assert same(weights(SimpleNamespace(model=model)), before)
+
+
+class Odd(torch.nn.Module):
+    "A norm that must stay: its convolution is read twice, run twice, or rectified in place before it."
+    def __init__(self, how): super().__init__(); self.how, self.conv, self.bn = how, torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how == 'rectified': y.relu_()
+        z = self.bn(y)
+        return z + dict(read=y, run=self.conv(z), rectified=z)[self.how]
+
+
+@pytest.mark.parametrize('how', ['read', 'run', 'rectified'])
+def test_what_cannot_be_folded_is_left(how):
+    torch.manual_seed(0)
+    model, x = Odd(how), torch.randn(8, 3, 8, 8)
+    model(x)
+    folded = fold_batchnorms(model.eval(), x)
+    with torch.inference_mode(): torch.testing.assert_close(folded(x), model(x))
+    assert norms(folded) == 1
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'exact', 'auto', 'bf16'])
+def test_predictions_of_a_network_made_ready(precision, clf, image_folder, stopwatch):
+    "Labels are the same, probabilities to a millionth; the classifier stays as it was."
+    files, before = sorted((image_folder/'train').rglob('*.png'))*10, weights(clf)
+    chosen = ('bf16', 'channels-last') if precision in ('auto', 'bf16') else LAST
+    calls = []
+    def show(step, ways, n, **kw): calls.append(ways); return {w: [.1 if w == chosen else 1.] for w in ways}
+    want = predict_probs(clf, files[:24], num_workers=0, device='cpu', precision='exact')[0].repeat(10, 1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('mstoolkit.classifier.time_ways', show)
+        m.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
+        got, good, bad = predict_probs(clf, files, bs=100, num_workers=0, device='cpu', precision=precision)
+    assert good == files and not bad and same(weights(clf), before) and conv(clf).is_contiguous() and norms(clf.model) > 0
+    assert calls == {'fp32': [[PLAIN, LAST]], 'exact': [], 'auto': [WAYS], 'bf16': [WAYS[2:]]}[precision]
+    low = precision in ('auto', 'bf16')
+    assert (got-want).abs().max() < (3e-2 if low else 1e-5)
+    if not low: assert torch.equal(got.argmax(1), want.argmax(1))
+
+
+def test_few_images_are_predicted_as_they_always_were(clf, image_folder):
+    files = sorted((image_folder/'train').rglob('*.png'))
+    a, b, c = (predict_probs(clf, files, num_workers=0, device='cpu', bs=8, **kw)[0] for kw in ({}, {}, dict(precision='exact')))
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, c)
+
+
+@pytest.mark.parametrize('precision,what', [('fp16', 'needs a CUDA GPU'), ('int8', "unknown precision 'int8'")])
+def test_precisions_there_are_not(precision, what, clf, image_folder):
+    with pytest.raises(ValueError, match=what): predict_folder(clf, image_folder/'test', num_workers=0, device='cpu', precision=precision)
+
+
+def test_precision_on_the_command_line(clf, image_folder, tmp_path, capsys):
+    clf.save(tmp_path/'m.safetensors')
+    for p in 'exact', 'bf16':
+        assert main(['predict', str(tmp_path/'m.safetensors'), str(image_folder/'test'), '--out', str(tmp_path/f'{p}.csv'), '--device', 'cpu', '--precision', p]) == 0
+    assert main(['predict', str(tmp_path/'m.safetensors'), str(image_folder/'test'), '--out', str(tmp_path/'c.csv'), '--precision', 'bf61']) == 2
+    assert "did you mean 'bf16'" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's switch")
 def test_keep_freed_memory(): assert keep_freed_memory() is True
 
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_and_its_model_file_loads(image_folder, tiny, tmp_path):
-    from mstoolkit.classifier import Classifier
     from mstoolkit.recipe import Recipe
     from mstoolkit.train import train
     learn = train(Recipe(**tiny, compile=True), image_folder, tmp_path/'run')

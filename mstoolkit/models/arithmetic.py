@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.arithmetic.html.md"""
 
 # %% auto #0
 __all__ = ['layouts', 'precisions', 'cpu_has_bf16', 'fast_precisions', 'check_precision', 'ways', 'autocast', 'time_ways',
-           'fastest', 'told', 'few_images', 'training_step', 'prediction_step']
+           'fastest', 'told', 'few_images', 'training_step', 'prediction_step', 'run_in']
 
 # %% ../../nbs/250_models.arithmetic.ipynb #b063bc42
 import os
@@ -125,12 +125,13 @@ def told(
 
 # %% ../../nbs/250_models.arithmetic.ipynb #e7d96220
 def few_images(
-    x: torch.Tensor # (B, C, H, W) images
+    x: torch.Tensor, # (B, C, H, W) images
+    n: int = 8 # of 224 pixels; as much in smaller ones
 ) -> torch.Tensor: # (b, C, H, W), plain
-    "As many of a batch as a stopwatch needs: all on a GPU; on a CPU 8 of 224 pixels, or as much in smaller ones."
+    "As many of a batch as a stopwatch needs: all on a GPU, on a CPU `n`."
     x = x.detach().as_subclass(torch.Tensor)
     if x.device.type != 'cpu': return x
-    return x[:max(8, -(-8*224*224//(x.shape[-2]*x.shape[-1])))]
+    return x[:max(n, -(-n*224*224//(x.shape[-2]*x.shape[-1])))]
 
 def _wait(device: torch.device):
     "Wait until the device has done what it was told to."
@@ -154,12 +155,23 @@ def training_step(
     return step
 
 def prediction_step(
-    nets: dict, # layout → network in evaluation mode
-    x: torch.Tensor # (B, C, H, W) images
+    model: nn.Module, # in evaluation mode; run as copies, one for each layout
+    x: torch.Tensor, # (B, C, H, W) images
+    ways: list[tuple[str, str]] # from `ways`
 ) -> Callable: # way → None
     "A forward pass to time."
+    copies = {layout: deepcopy(model).to(memory_format=layouts[layout]) for _, layout in ways}
     def step(way):
-        precision, layout = way
-        with torch.inference_mode(), autocast(precision, x.device): nets[layout](x.contiguous(memory_format=layouts[layout]))
+        run_in(way, copies[way[1]], x)
         _wait(x.device)
     return step
+
+def run_in(
+    way: tuple[str, str], # (precision, layout)
+    model: nn.Module, # in that layout, and in evaluation mode
+    x: torch.Tensor # (B, C, H, W) images
+) -> torch.Tensor: # what `model` says, in float32
+    "Predict in a way; on a CPU a few images at a time, whose maps stay in its caches."
+    n = max(8, 4*torch.get_num_threads()) if x.device.type == 'cpu' else len(x)
+    with torch.inference_mode(), autocast(way[0], x.device):
+        return torch.cat([model(o.contiguous(memory_format=layouts[way[1]])).float() for o in x.split(n)])
