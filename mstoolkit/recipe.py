@@ -161,6 +161,8 @@ class Recipe(PlainData):
     # training
     epochs:int = option(100, int, 'Training', "epochs at the most", lo=1)
     freeze_epochs:int = option(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
+    train_bn:bool = option(False, bool, 'Training',
+                           "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
     bs:int = option(32, int, 'Training', "images in a batch", lo=2)
     lr:float = option(1e-4, float, 'Training', "peak learning rate", above=0)
     wd:float = option(1e-5, float, 'Training', "weight decay", lo=0)

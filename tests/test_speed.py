@@ -13,11 +13,14 @@ from mstoolkit.callback.speed import Arithmetic
 from mstoolkit.classifier import Classifier, ModelHeader
 from mstoolkit.cli import main
 from mstoolkit.core import keep_freed_memory
+from mstoolkit.data.core import image_dls
+from mstoolkit.learner import fusion_learner
 from mstoolkit.models import arithmetic
 from mstoolkit.models.arithmetic import layouts
 from mstoolkit.models.fold import fold_batchnorms
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
+from tiny import quiet, tiny_learner
 
 
 @pytest.fixture
@@ -190,6 +193,44 @@ def test_two_that_decide_the_precision(learn):
     import fastai.callback.fp16  # noqa: F401  gives learners to_bf16
     learn.to_bf16()
     with pytest.raises(ValueError, match="leave out to_fp16 or to_bf16"): learn.fit(1, cbs=Arithmetic())
+
+
+# the frozen phase
+
+def frozen(tmp_path, image_folder, **kw):
+    "A learner after a frozen epoch, with the body's state before it and what each batch kept for its backward pass."
+    torch.manual_seed(0)
+    dls = image_dls(image_folder, size=32, bs=8, augment='none', num_workers=0, device='cpu')
+    learn = fusion_learner(dls, 'test_resnet', pretrained=False, path=tmp_path, **kw)
+    learn.freeze()
+    before, grads = {k: v.clone() for k, v in learn.model[0].state_dict().items()}, []
+    learn.model[0].register_forward_hook(lambda m, x, out: grads.append((m.training, any(o.requires_grad for o in out))) if learn.training else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn, before, grads
+
+
+def test_a_frozen_body_runs_as_in_evaluation(image_folder, tmp_path):
+    learn, before, grads = frozen(tmp_path, image_folder, train_bn=False)
+    assert same(learn.model[0].state_dict(), before) and set(grads) == {(False, False)}
+    assert all(p.grad is None for p in learn.model[0].parameters())
+    learn.unfreeze()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not same(learn.model[0].state_dict(), before) and grads[-1] == (True, True)
+
+
+def test_norms_that_learn_are_fastais(image_folder, tmp_path):
+    "With `train_bn=True`, `FrozenBody` changes nothing."
+    a, before, grads = frozen(tmp_path, image_folder)
+    assert set(grads) == {(True, True)} and not same(a.model[0].state_dict(), before)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(speed.FrozenBody, 'before_train', lambda self: None)
+        b, *_ = frozen(tmp_path, image_folder)
+    assert same(weights(a), weights(b))
+
+
+def test_any_model_may_be_frozen(tmp_path):
+    learn = tiny_learner(tmp_path, cbs=speed.FrozenBody())
+    with quiet(learn): learn.fine_tune(1)
 
 
 # prediction
