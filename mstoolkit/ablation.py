@@ -28,7 +28,7 @@ import torch
 from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
-from .core import atomic_path, check_new, choice, write_text
+from .core import atomic_path, check_new, choice, share_processors, write_text
 from .data.sources import DataSource, data_source
 from .evaluate.interpret import plot_cells
 from .evaluate.stats import verdicts
@@ -142,6 +142,7 @@ def _start(job: Job, source: Path, threads: int, gpu: str|None = None) -> subpro
     "Start one run in a process of its own; what it prints goes into a log beside its folder."
     recipe = job.recipe.save(job.folder.with_suffix('.toml'))
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
+    share_processors(env)
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
     cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, source, threads))]
     with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f:

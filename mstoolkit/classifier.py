@@ -27,7 +27,7 @@ from torch import nn
 
 from . import __version__
 from .callback.tracker import KeepBest
-from .core import atomic_path, choice
+from .core import atomic_path, choice, keep_freed_memory
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
 from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, run_in, time_ways, told,
                                          ways)
@@ -181,6 +181,7 @@ class Classifier:
         if precision == 'exact': return torch.inference_mode()(model.forward)
         can = ways(precision, 'auto', x.device)
         if n < 200: return partial(run_in, can[0], model)  # what follows takes as long as some images do
+        if x.device.type == 'cpu': keep_freed_memory()
         model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
         took = time_ways(prediction_step(model, few, can), can, n//len(few), share=.03)
         way = fastest(took) if took else can[0]

@@ -24,7 +24,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import check_new, write_text
+from .core import check_new, share_processors, write_text
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
@@ -304,6 +304,7 @@ def main(
     args: list[str]|None = None # the command line; `sys.argv` when not given
 ) -> int: # exit code: 0, 2 for a user's mistake, 130 when interrupted
     "Run the command line."
+    if 'torch' not in sys.modules: share_processors()
     main_thread = threading.current_thread() is threading.main_thread()
     # as stderr does: a file's name may be any bytes
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')

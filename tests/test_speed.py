@@ -1,4 +1,6 @@
 "Arithmetic is chosen by what was measured, once, and a chosen one is the named one; what predicts faster predicts the same."
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from mstoolkit.callback import speed
 from mstoolkit.callback.speed import Arithmetic
 from mstoolkit.classifier import Classifier, ModelHeader
 from mstoolkit.cli import main
-from mstoolkit.core import keep_freed_memory
+from mstoolkit.core import cpu_quota, keep_freed_memory, others_at_work, share_processors
 from mstoolkit.data.core import image_dls
 from mstoolkit.learner import fusion_learner
 from mstoolkit.models import arithmetic
@@ -20,6 +22,8 @@ from mstoolkit.models.arithmetic import layouts
 from mstoolkit.models.fold import fold_batchnorms
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
+from mstoolkit.recipe import Recipe
+from mstoolkit.train import train
 from tiny import quiet, tiny_learner
 
 
@@ -321,13 +325,55 @@ def test_precision_on_the_command_line(clf, image_folder, tmp_path, capsys):
     assert "did you mean 'bf16'" in capsys.readouterr().err
 
 
+# processors
+
+def test_what_the_user_has_set_is_kept():
+    share_processors(env := {})
+    assert int(env['GOMP_SPINCOUNT']) < 300_000 and 'OMP_WAIT_POLICY' not in env
+    for own in ({'OMP_WAIT_POLICY': 'ACTIVE'}, {'GOMP_SPINCOUNT': '7'}, {'KMP_BLOCKTIME': '0'}):
+        share_processors(env := dict(own))
+        assert env == own
+
+
+@pytest.mark.parametrize('text,n', [('max 100000', None), ('150000 100000', 2), ('50000 100000', 1), ('6400000 100000', None), ('', None), ('x y', None)])
+def test_a_containers_share(text, n, tmp_path, monkeypatch):
+    monkeypatch.setattr('os.cpu_count', lambda: 64)
+    (tmp_path/'cpu.max').write_text(text)
+    assert cpu_quota(tmp_path) == n and cpu_quota(tmp_path/'none') is None
+    monkeypatch.setattr('mstoolkit.core.cpu_quota', lambda: n)
+    share_processors(env := {})
+    assert env.get('OMP_NUM_THREADS') == (n and str(n))
+    share_processors(env := {'OMP_NUM_THREADS': '5'})
+    assert env['OMP_NUM_THREADS'] == '5'
+
+
+def test_the_command_line_shares_before_torch_is_imported():
+    code = "import sys, os; from mstoolkit.cli import main; early = 'torch' in sys.modules; main(['--version']); print(early, os.environ['GOMP_SPINCOUNT'])"
+    env = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')}
+    out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.split()
+    assert out[-2:] == ['False', '10000']
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='asks /proc')
+def test_others_at_work():
+    spin = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2)]
+    try: assert others_at_work(.5) >= 1
+    finally:
+        for p in spin: p.kill(); p.wait()
+
+
+@pytest.mark.parametrize('busy,told', [(0., False), (.9, False), (3.2, True)])
+def test_other_load_is_told(busy, told, image_folder, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('mstoolkit.train.others_at_work', lambda: busy)
+    train(Recipe(**tiny), image_folder, tmp_path/'run')
+    assert ('note: other programs keep 3 threads at work' in capsys.readouterr().out) == told
+
+
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's switch")
 def test_keep_freed_memory(): assert keep_freed_memory() is True
 
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_and_its_model_file_loads(image_folder, tiny, tmp_path):
-    from mstoolkit.recipe import Recipe
-    from mstoolkit.train import train
     learn = train(Recipe(**tiny, compile=True), image_folder, tmp_path/'run')
     assert len(learn.run_history.rows) == 1 and Classifier.load(tmp_path/'run').header.classes == ['2', '10', 'red apple']
