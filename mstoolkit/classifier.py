@@ -29,8 +29,8 @@ from . import __version__
 from .callback.tracker import KeepBest
 from .core import atomic_path, choice, keep_freed_memory
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
-from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, run_in, time_ways, told,
-                                         ways)
+from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
+                                         time_ways, told, ways)
 from .models.fold import fold_batchnorms
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
@@ -183,9 +183,10 @@ class Classifier:
         if n < 200: return partial(run_in, can[0], model)  # what follows takes as long as some images do
         if x.device.type == 'cpu': keep_freed_memory()
         model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
-        took = time_ways(prediction_step(model, few, can), can, n//len(few), share=.03)
-        way = fastest(took) if took else can[0]
-        if precision == 'auto' and took: print(f"arithmetic: {told(way, took, f'{len(few)} images')}", file=sys.stderr, flush=True)
+        way, rounds = can[0], rounds_within(n//len(few), len(can), share=.03)
+        if rounds:
+            way = fastest(took := time_ways(prediction_step(model, few, can), can, rounds))
+            if precision == 'auto': print(f"arithmetic: {told(way, took, f'{len(few)} images')}", file=sys.stderr, flush=True)
         return partial(run_in, way, model.to(memory_format=layouts[way[1]]))
 
     @classmethod

@@ -33,8 +33,8 @@ from .callback.schedule import fit_warm_restarts
 from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import KeepModel
-from .core import (atomic_path, check_new, keep_freed_memory, new_folder, others_at_work, pick_device,
-                            seed_everything, write_text)
+from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
+                            write_text)
 from .data.check import check_samples
 from .data.core import image_dls
 from .data.sources import DataSource, data_source, kept_files
@@ -187,18 +187,9 @@ def _prepare(r: Recipe, source: DataSource) -> Learner:
     seed_everything(r.seed)
     dls = recipe_dls(r, source)
     learn = recipe_learner(r, dls)
-    if dls.device.type == 'cpu':
-        keep_freed_memory()
-        _tell_load()
+    if dls.device.type == 'cpu': keep_freed_memory()
     _quick_check(dls)
     return learn
-
-def _tell_load():
-    "Say so where the processors have other work."
-    busy, n = others_at_work(), torch.get_num_threads()
-    if busy < max(1, n/2): return
-    print(f"note: other programs keep {busy:.0f} threads at work on this machine, which takes time from the {n} "
-          "of this run", flush=True)
 
 def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume: bool = False):
     "Fit in the run folder and write down what came out; if it is stopped, say how to go on."

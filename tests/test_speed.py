@@ -53,6 +53,7 @@ def stopwatch(monkeypatch):
     "A stopwatch that shows what a test wants."
     def show(took):
         calls = []
+        monkeypatch.setattr(speed, 'rounds_within', lambda n, k, share: 1)
         monkeypatch.setattr(speed, 'time_ways', lambda step, ways, n, **kw: calls.append(n) or {w: took[w] for w in ways if w in took})
         monkeypatch.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
         return calls
@@ -84,7 +85,7 @@ def test_what_is_named_is_not_timed(learn, stopwatch):
 def test_measuring_changes_no_weight_and_takes_no_draw(learn):
     before, stream = weights(learn), torch.get_rng_state()
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    took = arithmetic.time_ways(arithmetic.training_step(learn.model, x, WAYS), WAYS, 1000, give_up=1e9)
+    took = arithmetic.time_ways(arithmetic.training_step(learn.model, x, WAYS), WAYS, 4, give_up=1e9)
     assert set(took) == set(WAYS) and {len(o) for o in took.values()} == {4}
     assert torch.equal(torch.get_rng_state(), stream)  # dropout in the copies draws from a stream of its own
     assert same(weights(learn), before) and all(p.grad is None for p in learn.model.parameters())
@@ -135,8 +136,10 @@ def test_bf16_is_for_the_forward_pass(learn):
 
 def test_a_short_fit_leaves_the_choice_to_a_longer_one(learn, monkeypatch):
     monkeypatch.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: False)
-    learn.add_cb(Arithmetic())
-    learn.fit(1)
+    with monkeypatch.context() as m:
+        m.setattr(speed, 'training_step', lambda *a: pytest.fail('copied the network'))
+        learn.add_cb(Arithmetic())
+        learn.fit(1)
     assert learn.arithmetic.chosen is None and learn.arithmetic.way == PLAIN
     learn.arithmetic.share = 10.
     learn.fit(1)
@@ -145,9 +148,9 @@ def test_a_short_fit_leaves_the_choice_to_a_longer_one(learn, monkeypatch):
 
 @pytest.mark.parametrize('n,steps', [(0, 0), (399, 0), (400, 8), (1000, 20), (10**6, 20)])
 def test_the_stopwatch_costs_its_share_at_the_most(n, steps):
-    spent = []
-    arithmetic.time_ways(spent.append, WAYS, n)
-    assert len(spent) == steps <= .02*n
+    spent, rounds = [], arithmetic.rounds_within(n, len(WAYS), .02)
+    if rounds: arithmetic.time_ways(spent.append, WAYS, rounds)
+    assert len(spent) == steps <= .02*n and arithmetic.rounds_within(n, 1, .02) == 0  # nothing to choose
 
 
 def test_a_hopeless_way_is_tried_once():
@@ -155,7 +158,7 @@ def test_a_hopeless_way_is_tried_once():
     def step(way): spent.append(way); clock[0] += 10. if way == BF16 else 1.
     with pytest.MonkeyPatch.context() as m:
         m.setattr(arithmetic, 'perf_counter', lambda: clock[0])
-        took = arithmetic.time_ways(step, [PLAIN, BF16], 10**4)
+        took = arithmetic.time_ways(step, [PLAIN, BF16], 4)
     assert spent.count(BF16) == 1 and list(took) == [PLAIN] and arithmetic.fastest(took) == PLAIN
 
 
@@ -295,6 +298,7 @@ def test_predictions_of_a_network_made_ready(precision, clf, image_folder, stopw
     def show(step, ways, n, **kw): calls.append(ways); return {w: [.1 if w == chosen else 1.] for w in ways}
     want = predict_probs(clf, files[:24], num_workers=0, device='cpu', precision='exact')[0].repeat(10, 1)
     with pytest.MonkeyPatch.context() as m:
+        m.setattr('mstoolkit.classifier.rounds_within', lambda n, k, share: 1)
         m.setattr('mstoolkit.classifier.time_ways', show)
         m.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
         got, good, bad = predict_probs(clf, files, bs=100, num_workers=0, device='cpu', precision=precision)
@@ -363,10 +367,11 @@ def test_others_at_work():
 
 
 @pytest.mark.parametrize('busy,told', [(0., False), (.9, False), (3.2, True)])
-def test_other_load_is_told(busy, told, image_folder, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('mstoolkit.train.others_at_work', lambda: busy)
-    train(Recipe(**tiny), image_folder, tmp_path/'run')
-    assert ('note: other programs keep 3 threads at work' in capsys.readouterr().out) == told
+def test_other_load_is_told(busy, told, learn, stopwatch, monkeypatch, capsys):
+    stopwatch({PLAIN: [1.], LAST: [.5]})
+    monkeypatch.setattr(speed, 'others_at_work', lambda: busy)
+    learn.fit(1, cbs=Arithmetic())
+    assert ('other programs keep 3 threads at work' in capsys.readouterr().out) == told
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's switch")

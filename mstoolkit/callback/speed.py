@@ -15,10 +15,10 @@ from fastcore.foundation import L
 from torch.amp import GradScaler
 
 from .core import is_training_fit
-from ..core import choice
+from ..core import choice, others_at_work
 from ..data.workers import close_idle_workers
-from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, few_images, layouts, precisions, time_ways, told,
-                                         training_step, ways)
+from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, few_images, layouts, precisions, rounds_within,
+                                         time_ways, told, training_step, ways)
 from ..models.fusion import MultiScaleModel
 
 # %% ../../nbs/380_callback.speed.ipynb #3ae2a76a
@@ -64,20 +64,24 @@ class Arithmetic(MixedPrecision):
         self.learn.scaler, self.scales = GradScaler(self.device.type, enabled=scaled), L()
 
     def before_batch(self):
-        "On the first batch of a training, measure; then compute under autocast."
+        "On the first batch of a fit, measure; then compute under autocast."
+        first = self.training and self.epoch == self.iter == 0
         # the processes of a distributed run could choose differently
-        if not self.chosen and self.training and is_training_fit(self.learn) and not num_distrib(): self._choose()
+        if first and not self.chosen and is_training_fit(self.learn) and not num_distrib(): self._choose()
         self.autocast = autocast(self.way[0], self.device)
         self.autocast.__enter__()
 
     def _choose(self):
         "Let the stopwatch choose, if the fit is long enough to pay for it."
         x = few_images(self.x)
-        steps = self.n_iter*(self.n_epoch - self.epoch)*len(self.x)//len(x)
-        self.took = time_ways(training_step(self.model, x, self.open), self.open, steps, share=self.share)
-        if not self.took: return
+        steps = self.n_iter*self.n_epoch*len(self.x)//len(x)
+        rounds = rounds_within(steps, len(self.open), self.share)
+        if not rounds: return
+        busy = others_at_work() if self.device.type == 'cpu' else 0
+        self.took = time_ways(training_step(self.model, x, self.open), self.open, rounds)
         self.chosen = fastest(self.took, min_gain=self.min_gain)
-        print(f'arithmetic: {told(self.chosen, self.took, f"a step of {len(x)} images")}', flush=True)
+        note = f'; other programs keep {busy:.0f} threads at work on this machine' if busy >= 1 else ''
+        print(f'arithmetic: {told(self.chosen, self.took, f"a step of {len(x)} images")}{note}', flush=True)
         self._apply()
 
     def _close(self):
