@@ -5,9 +5,10 @@
 
 Every batch is cut (probability 1, alpha 1), so that like is compared with like. Timed is all that mixing adds to a step: the
 mixed batch, its targets, and the loss they ask for (given the model's output), less the loss of an unmixed step. The loss is
-torch's cross entropy, save for fastai's CutMix, which can only take apart fastai's `CrossEntropyLossFlat`. Every step gets another batch, as in training. The four
+torch's cross entropy, save for fastai's CutMix, which can only take apart fastai's `CrossEntropyLossFlat`. Every step gets another batch, as in training. They
 take turns in random order within each round; a figure is the median over the rounds of a round's mean.
-fastai's and timm's write into the batch they are given; torchvision's and ours leave it as it is.
+fastai's and timm's write into the batch they are given, and so does ours where a loader says that it is nobody else's, as those
+of `image_dls` do; torchvision's and ours with any other loader leave it as it is.
 """
 import argparse
 import statistics
@@ -37,11 +38,11 @@ from torchvision.transforms import v2
 n_classes = 100
 
 
-def callback_step(cb):
-    "A step of callback `cb` on a learner that is never fitted: mix the batch, then the loss."
+def callback_step(cb, own=False):
+    "A step of callback `cb` on a learner that is never fitted, whose loader says that batches are its own: mix the batch, then the loss."
     loss_func = torch.nn.CrossEntropyLoss() if isinstance(cb, BatchMix) else CrossEntropyLossFlat()
     learn = Learner(DataLoaders([], []), torch.nn.Identity(), loss_func=loss_func, cbs=cb, default_cbs=False)
-    learn.training = True
+    learn.training, learn.dl = True, SimpleNamespace(own_batches=own)
     if isinstance(cb, BatchMix): cb.active = True
     else: cb.before_train()
 
@@ -71,14 +72,15 @@ def plain_step(loss_func):
 
 
 steps = {
-    'mstoolkit BatchMix': lambda: callback_step(BatchMix(1., seed=0)),
+    'mstoolkit BatchMix': lambda: callback_step(BatchMix(1., seed=0), own=True),
+    'mstoolkit BatchMix, any loader': lambda: callback_step(BatchMix(1., seed=0)),
     'fastai CutMix': lambda: callback_step(FastaiCutMix(1.)),
     'timm Mixup (cutmix)': lambda: transform_step(TimmMixup(mixup_alpha=0., cutmix_alpha=1., label_smoothing=0., num_classes=n_classes),
                                                   SoftTargetCrossEntropy()),
     'torchvision v2.CutMix': lambda: transform_step(v2.CutMix(alpha=1., num_classes=n_classes), F.cross_entropy),
     'fastai unmixed': lambda: plain_step(CrossEntropyLossFlat()),
     'torch unmixed': lambda: plain_step(F.cross_entropy)}
-unmixed = {k: 'fastai unmixed' if 'fastai' in k else 'torch unmixed' for k in list(steps)[:4]}
+unmixed = {k: 'fastai unmixed' if 'fastai' in k else 'torch unmixed' for k in list(steps)[:5]}
 
 
 def measure(device, bs, size, rounds, batches):
@@ -141,7 +143,8 @@ def main():
         f'{what}; ms per batch, medians of {o.rounds} rounds in which the libraries take turns. Every batch is mixed.', '',
         '| | images and targets | loss, beyond an unmixed one | together | ÷ ours |', '|---|---|---|---|---|', *rows, '',
         f'![ms per batch]({name}.png)', '',
-        "fastai's and timm's write into the batch they are given, torchvision's and ours do not. All that `BatchMix` draws is drawn on the CPU.", ''])
+        "fastai's and timm's write into the batch they are given, ours where it is the loader's own, as those of `image_dls` are, torchvision's never. "
+        'All that `BatchMix` draws is drawn on the CPU.', ''])
     print(text)
     write_text(o.out/f'{name}.md', text)
 

@@ -28,7 +28,7 @@ import torch
 from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
-from .core import atomic_path, check_new, choice, folder_name, import_plugins, write_text
+from .core import atomic_path, check_new, choice, folder_name, import_plugins, share_processors, write_text
 from .data.check import check_samples
 from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
@@ -145,6 +145,7 @@ def _start(job: Job, source: Path, threads: int, gpu: str|None = None) -> subpro
     "Start one run in a process of its own; what it prints goes into a log beside its folder."
     recipe = job.recipe.save(job.folder.with_suffix('.toml'))
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
+    share_processors(env)
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
     cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, source, threads))]
     with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f:
@@ -311,6 +312,7 @@ def run_study(
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     # a stopwatch's choice could differ between runs
     if base.memory_format == 'auto': base = replace(base, memory_format='contiguous')
+    if base.precision == 'auto': base = replace(base, precision='fp32')
     source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
     if seeds < 1 or jobs < 1: raise ValueError(f"seeds is {seeds} and jobs {jobs}: give 1 or more")

@@ -19,6 +19,7 @@ from .data.core import *
 from .data.image import read_image
 from .data.make import *
 from .models.backbone import *
+from .models.fold import fold_batchnorms
 from .models.fusion import *
 from .models.split import *
 from .losses import *

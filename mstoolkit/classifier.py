@@ -10,9 +10,11 @@ __all__ = ['FORMAT', 'ModelHeader', 'read_header', 'Classifier', 'KeepModel']
 # %% ../nbs/620_classifier.ipynb #335be980
 import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +27,12 @@ from torch import nn
 
 from . import __version__
 from .callback.tracker import KeepBest
-from .core import atomic_path
+from .core import atomic_path, choice, keep_freed_memory
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
 from .data.workers import worker_deaths
+from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
+                                         time_ways, told, ways)
+from .models.fold import fold_batchnorms
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
 from .runs import library_versions, run_file
@@ -169,6 +174,26 @@ class Classifier:
                     yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
         finally: # now: torch would tell of a dead process again whenever any other ends
             if hasattr(loaded, '_shutdown_workers'): loaded._shutdown_workers()
+
+    def network(self,
+        x: torch.Tensor, # (B, C, H, W) images as the network takes them, to try it on
+        n: int, # images to come
+        *,
+        precision: str = 'fp32' # see `predict_probs`
+    ) -> Callable: # images → logits
+        "The network made ready to predict many images."
+        choice(precision, ('auto', 'exact', *precisions), 'precision')
+        model = self.model.eval()
+        if precision == 'exact': return torch.inference_mode()(model.forward)
+        can = ways(precision, 'auto', x.device)
+        if n < 200: return partial(run_in, can[0], model)  # what follows takes as long as some images do
+        if x.device.type == 'cpu': keep_freed_memory()
+        model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
+        way, rounds = can[0], rounds_within(n//len(few), len(can), share=.03)
+        if rounds:
+            way = fastest(took := time_ways(prediction_step(model, few, can), can, rounds))
+            if precision == 'auto': print(f"arithmetic: {told(way, took, f'{len(few)} images')}", file=sys.stderr, flush=True)
+        return partial(run_in, way, model.to(memory_format=layouts[way[1]]))
 
     @classmethod
     def from_report_a(cls,

@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import RunError, check_new, counted, import_plugins, write_text
+from .core import RunError, check_new, counted, import_plugins, share_processors, write_text
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
@@ -49,7 +49,8 @@ def _common(version: Annotated[bool, typer.Option('--version', callback=_show_ve
 _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
     head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'strong', 'upright', 'shift'),
-    device=('auto', 'cpu', 'cuda', 'mps'), on_bad=('error', 'skip'), data=('navon', 'digits', 'fashion-mnist'))
+    device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
+    on_bad=('error', 'skip'), data=('navon', 'digits', 'fashion-mnist'))
 
 def _complete(names: tuple) -> Callable: # typer keeps those that begin as the word that was begun
     "What completes a word; where no name does, the shell goes on with files."
@@ -182,6 +183,8 @@ def predict(
     num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
     device: Annotated[str, typer.Option(autocompletion=_complete(_names['device']),
         help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
+    precision: Annotated[str, typer.Option(autocompletion=_complete(_names['precision']),
+        help="numbers computed in: fp32; exact (fp32, and the same bits every time); bf16, fp16, or auto (what is fastest)")] = 'fp32',
     plugin: Plugin = None,
 ):
     "Classify a folder of images into a CSV."
@@ -191,7 +194,7 @@ def predict(
     _folder(images)
     from mstoolkit.predict import predict_folder, write_predictions
     df = predict_folder(model, images, top_k=top_k, confidence=confidence, on_bad=on_bad, bs=bs, device=device,
-                        num_workers=None if num_workers < 0 else num_workers)
+                        precision=precision, num_workers=None if num_workers < 0 else num_workers)
     if to_stdout: print(df.to_csv(index=False), end='')
     else: write_predictions(df, out, zip=zip, force=force)
     print(f"{counted(len(df), 'prediction')} in {'standard output' if to_stdout else file}",
@@ -375,6 +378,7 @@ def main(
     args: list[str]|None = None # the command line; `sys.argv` when not given
 ) -> int: # exit code: 0; 1 when a check or a run of a study failed; 2 for a user's mistake; 130, 143 when interrupted
     "Run the command line."
+    if 'torch' not in sys.modules: share_processors()
     main_thread = threading.current_thread() is threading.main_thread()
     # as stderr does: a file's name may be any bytes
     if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')

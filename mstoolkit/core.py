@@ -6,7 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
-           'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'keep_freed_memory']
+           'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'keep_freed_memory',
+           'cpu_quota', 'share_processors', 'others_at_work']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -23,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, MutableMapping, Sized
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -254,3 +255,36 @@ def keep_freed_memory() -> bool: # whether this C library could be told
     except (OSError, AttributeError): return False  # musl and others have no such switch
     trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
     return all([mallopt(mmap, 32*2**20 - 1), mallopt(trim, 2**31 - 1), mallopt(top_pad, 64*2**20)])
+
+# %% ../nbs/010_core.ipynb #83e038af
+def cpu_quota(
+    root: str|Path = '/sys/fs/cgroup' # where Linux shows what a container may use
+) -> int|None: # processors; `None` without a limit below those there are
+    "How many processors the container lets this process use."
+    try: quota, period = map(int, Path(root, 'cpu.max').read_text().split()[:2])
+    except (OSError, ValueError): return None  # no such file, or 'max'
+    n = -(-quota//period)
+    return n if n < (os.cpu_count() or 1) else None
+
+def share_processors(
+    env: MutableMapping = os.environ # of this process, before torch is imported, or of one that is to be started
+):
+    "Let threads that wait give up their processor soon, and have no more of them than the container allows."
+    set_already = {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & set(env)
+    # a tenth of a millisecond of asking, and the least that LLVM's library knows above none, in milliseconds
+    if not set_already: env.update(GOMP_SPINCOUNT='10000', KMP_BLOCKTIME='1')
+    if 'OMP_NUM_THREADS' not in env and (n := cpu_quota()): env['OMP_NUM_THREADS'] = str(n)
+
+# %% ../nbs/010_core.ipynb #405c5248
+def others_at_work(
+    seconds: float = .2 # to look on
+) -> float: # how many threads of other programs want a processor, on average; 0 where the system does not tell
+    "How busy the machine is right now; a load average would still count what ended a minute ago."
+    running = lambda: int(Path('/proc/loadavg').read_text().split()[3].partition('/')[0]) - 1 # without this thread
+    seen = []
+    try:
+        for _ in range(10):
+            time.sleep(seconds/10)
+            seen.append(running())
+    except (OSError, ValueError, IndexError): return 0.
+    return sum(seen)/len(seen)

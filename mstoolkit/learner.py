@@ -24,7 +24,7 @@ from fastai.optimizer import Adam
 from fastcore.basics import listify
 
 from .callback.progress import RunHistory
-from .callback.speed import KeepWorkers
+from .callback.speed import FrozenBody, KeepWorkers
 from .data.core import input_size, set_stats
 from .models.fusion import multiscale_model
 from .models.split import stage_splitter
@@ -54,7 +54,7 @@ def fusion_learner(
                              img_size=input_size(dls), **(head_kw or {}))
     if normalize: set_stats(dls, model[0].mean, model[0].std)
     learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func,
-                    splitter=stage_splitter, metrics=metrics, cbs=[RunHistory(), KeepWorkers(), *listify(cbs)],
+                    splitter=stage_splitter, metrics=metrics, cbs=[RunHistory(), KeepWorkers(), FrozenBody(), *listify(cbs)],
                     **learner_kw)
     if pretrained or weights_file: learn.freeze()
     return learn

@@ -19,6 +19,7 @@ from fastai.learner import Learner
 from .classifier import Classifier
 from .core import atomic_path, check_new, choice, counted, pick_device, track
 from .data.sources import formula_starts, image_files
+from .models.arithmetic import check_precision
 
 # %% ../nbs/720_predict.ipynb #c94bfbcf
 def predict_probs(
@@ -27,16 +28,20 @@ def predict_probs(
     *,
     bs: int = 64, # images in a batch; no gradients are kept, so twice the training size fits
     num_workers: int|None = None, # loader processes; chosen by machine and data
-    device: str = 'auto' # auto, cpu, cuda, cuda:N or mps
+    device: str = 'auto', # auto, cpu, cuda, cuda:N or mps
+    precision: str = 'fp32' # fp32; exact: that, in the network as it is, bit for bit; bf16, fp16, or auto: what is fastest
 ) -> tuple[torch.Tensor, list[Path], dict]: # probabilities (n, classes), their n files, unreadable file → reason
     "Class probabilities of image files; what cannot be read is returned by name."
-    model, probs, good, bad = clf.model.to(pick_device(device)).eval(), [], [], {}
+    device, probs, good, bad, run = pick_device(device), [], [], {}, None
+    check_precision('fp32' if precision == 'exact' else precision, device)
+    clf.model.to(device)
     batches = clf.batches(files, bs=bs, num_workers=num_workers)
     for _, x, ok, errors in track(batches, 'predict', total=-(-len(files)//bs)):
         bad.update(errors)
         good += ok
         if len(ok):
-            with torch.inference_mode(): p = model(x).float().softmax(1).cpu()
+            run = run or clf.network(x, len(files), precision=precision)
+            p = run(x).float().softmax(1).cpu()
             if len(odd := (~p.isfinite().all(1)).nonzero()):
                 raise ValueError(f"{ok[int(odd[0])]}: the probabilities are not numbers: is the model damaged?")
             probs.append(p)
@@ -74,7 +79,8 @@ def predict_folder(
     on_bad: str = 'error', # unreadable images are named; then 'error' stops, 'skip' leaves out their rows
     bs: int = 64, # images in a batch
     num_workers: int|None = None, # loader processes; chosen by machine and data
-    device: str|None = None # auto, cpu, cuda …; where the learner is, or 'auto' for a file
+    device: str|None = None, # auto, cpu, cuda …; where the learner is, or 'auto' for a file
+    precision: str = 'fp32' # numbers computed in, as for `predict_probs`
 ) -> pd.DataFrame: # image_name, pred_label and what else was asked for; sorted by name
     "Classify the images of a folder: one row each, sorted by name, labelled with class names."
     choice(on_bad, ('error', 'skip'), 'on_bad')
@@ -86,7 +92,8 @@ def predict_folder(
         raise ValueError(f"top_k is {top_k}: give 1 to {len(classes)}, the number of classes")
     files = sorted(image_files(folder), key=lambda f: f.relative_to(folder).with_suffix('').as_posix())
     _image_names(files, folder)
-    probs, good, bad = predict_probs(clf, files, bs=bs, num_workers=num_workers, device=device or 'auto')
+    probs, good, bad = predict_probs(clf, files, bs=bs, num_workers=num_workers, device=device or 'auto',
+                                     precision=precision)
     if bad: _report_bad(bad, len(files), on_bad)
     p, i = probs.topk(top_k, dim=1)
     labels, p = [[classes[o] for o in col] for col in i.T.tolist()], p.numpy().round(6)

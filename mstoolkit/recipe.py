@@ -161,6 +161,8 @@ class Recipe(PlainData):
     # training
     epochs:int = option(100, int, 'Training', "epochs at the most", lo=1)
     freeze_epochs:int = option(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
+    train_bn:bool = option(False, bool, 'Training',
+                           "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
     bs:int = option(32, int, 'Training', "images in a batch", lo=2)
     lr:float = option(1e-4, float, 'Training', "peak learning rate", above=0)
     wd:float = option(1e-5, float, 'Training', "weight decay", lo=0)
@@ -192,15 +194,16 @@ class Recipe(PlainData):
                                "epochs without improvement before the run stops; 0 never stops", lo=0)
     # machine
     device:str = option('auto', str, 'Machine', "auto, cpu, cuda, cuda:N or mps")
-    memory_format:str = option('auto', str, 'Machine', "auto times both on the first batch and keeps the faster",
+    memory_format:str = option('auto', str, 'Machine', "layout of the maps: auto times both on the first batch and keeps the faster",
                            choices=('auto', 'contiguous', 'channels-last'))
     colour_on:str = option('auto', str, 'Machine',
                            "where colour jitter and erasing run: workers, device, or auto: a GPU does it",
                            choices=('auto', 'workers', 'device'))
     compile:bool = option(False, bool, 'Machine',
                           "compile the network with torch.compile; pays on long runs, mostly on GPUs")
-    precision:str = option('fp32', str, 'Machine', "fp32, or on a GPU bf16 or fp16 arithmetic",
-                           choices=('fp32', 'bf16', 'fp16'))
+    precision:str = option('auto', str, 'Machine',
+                           "numbers computed in: auto times fp32 and the device's 16-bit format, keeps the faster",
+                           choices=('auto', 'fp32', 'bf16', 'fp16'))
     seed:int = option(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
     def __post_init__(self):

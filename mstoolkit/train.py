@@ -15,10 +15,10 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -30,7 +30,7 @@ from .callback.checkpoint import Checkpoint
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
 from .callback.schedule import fit_warm_restarts
-from .callback.speed import MemoryFormat, formats
+from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import KeepModel
 from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
@@ -41,6 +41,7 @@ from .data.sources import DataSource, data_source, kept_files, left_aside
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
+from .models.arithmetic import check_precision, layouts, precisions
 from .recipe import Recipe, check_choices, load_recipe
 from .runs import (clear_leftovers, environment, free_run_folder, one_writer, run_file, stopped_run,
                             write_env)
@@ -54,7 +55,8 @@ losses = {'smoothed': lambda r: SmoothedCrossEntropy(r.smoothing), 'cross-entrop
 check_choices('opt', optimizers)
 check_choices('loss', losses)
 check_choices('balance', ['none', *balance_methods])
-check_choices('memory_format', ['auto', *formats])
+check_choices('memory_format', ['auto', *layouts])
+check_choices('precision', ['auto', *precisions])
 
 # %% ../nbs/710_train.ipynb #5db89c3c
 def recipe_dls(
@@ -84,27 +86,14 @@ def recipe_learner(
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, seed=r.seed))
-    cbs.append(MemoryFormat(r.memory_format))
-    if r.precision != 'fp32': cbs.append(_precision_cb(r.precision, dls.device))
+    cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
                            n_stages=r.n_stages, loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
-                           wd_bn_bias=True, metrics=accuracy, cbs=cbs)
+                           wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
     if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are
     return learn
-
-# %% ../nbs/710_train.ipynb #837b3ccd
-def _precision_cb(
-    precision: str, # bf16 or fp16
-    device: torch.device # where the learner trains
-) -> MixedPrecision:
-    "fastai's mixed precision callback, or an error where the device has no such arithmetic."
-    if device.type != 'cuda':
-        raise ValueError(f"precision {precision!r} needs a CUDA GPU and the device is {device.type}: choose fp32")
-    if precision == 'bf16' and not torch.cuda.is_bf16_supported():
-        raise ValueError("this GPU has no bf16 arithmetic: choose precision fp16")
-    return MixedPrecision(amp_mode=precision)
 
 # %% ../nbs/710_train.ipynb #aa09e0b0
 def fit_recipe(
@@ -189,10 +178,12 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     if done: print(f"going on after epoch {len(done)}", flush=True)
     try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *(cbs or [])])
     finally: _draw(learn, run, r.monitor)
-    fmt, seconds = learn.memory_format, time.perf_counter() - start + sum(o['seconds'] for o in done)
+    seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
+    (precision, layout), took = learn.arithmetic.way, learn.arithmetic.took
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
             'epochs': len(learn.run_history.rows), 'stopped': stopped,
-            'memory_format': fmt.chosen, 'seconds_a_step': fmt.seconds, 'seconds': round(seconds, 1)}
+            'precision': precision, 'memory_format': layout,
+            'seconds_a_step': {' '.join(w): median(s) for w, s in took.items()}, 'seconds': round(seconds, 1)}
 
 # %% ../nbs/710_train.ipynb #2984dbae
 def _prepare(r: Recipe, source: DataSource) -> Learner:

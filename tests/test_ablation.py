@@ -21,7 +21,7 @@ from mstoolkit.cli import main
 from mstoolkit.data.make import make_digits, make_navon
 from mstoolkit.data.sources import data_source
 from mstoolkit.recipe import Recipe
-from mstoolkit.runs import Run
+from mstoolkit.runs import Run, read_study
 from test_report import fake_run
 
 HEADS = Study('heads', grid(head=['plain', 'gated']))
@@ -59,6 +59,7 @@ def test_named_studies_are_the_reports():
 def test_a_study_is_run_and_judged(tmp_path, navon, fake_train, capsys):
     df = run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=3)
     assert fake_train == [('plain', 0), ('gated', 0), ('plain', 1), ('gated', 1), ('plain', 2), ('gated', 2)]
+    assert all(o in read_study(tmp_path/'s')['base'] for o in ('precision = "fp32"', 'memory_format = "contiguous"'))  # no stopwatch decides
     assert df.verdict.to_dict() == dict(plain='baseline', gated='better')
     assert '6/6 gated, seed 2: accuracy' in capsys.readouterr().out
     assert {o.name for o in (tmp_path/'s').iterdir()} == {'study.json', 'data.toml', 'images.csv', 'images.toml', 'failures.json', 'plain', 'gated', 'figures',

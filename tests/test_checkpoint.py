@@ -268,7 +268,7 @@ def recipe(tiny, weights, monkeypatch):
     def make(**kw):
         given = dict(weights_file=weights, freeze_epochs=2) if kw.get('schedule') == 'fine-tune' else {}
         return Recipe(**{**tiny, 'epochs': 3, 'lr': 1e-2, 'augment': 'light', 'restart_epochs': 1, 'plateau_patience': 0, 'mixup': .4,
-                         'memory_format': 'contiguous', **given, **kw})
+                         'memory_format': 'contiguous', 'precision': 'fp32', **given, **kw})
     return make
 
 
@@ -304,13 +304,20 @@ def test_early_stop_channels_last_and_sgd(recipe, image_folder, tmp_path):
     assert_same_runs(resume_run(tmp_path/'b'), whole)
 
 
-def test_the_measured_memory_format_is_kept(recipe, image_folder, tmp_path, monkeypatch):
-    r = recipe(memory_format='auto')
-    monkeypatch.setattr('mstoolkit.callback.speed.time_formats', lambda *a, **kw: {'contiguous': 1., 'channels-last': .5})
+@pytest.mark.parametrize('way', [('fp32', 'channels-last'), ('bf16', 'contiguous'), ('bf16', 'channels-last')])
+def test_the_measured_arithmetic_is_kept(way, recipe, image_folder, tmp_path, monkeypatch):
+    r = recipe(memory_format='auto', precision='auto')
+    monkeypatch.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
+    monkeypatch.setattr('mstoolkit.callback.speed.rounds_within', lambda n, k, share: 1)
+    monkeypatch.setattr('mstoolkit.callback.speed.time_ways', lambda step, ways, n, **kw: {w: [.5 if w == way else 1.] for w in ways})
     whole = train(r, image_folder, tmp_path/'a')
     with pytest.raises(Killed): train(r, image_folder, tmp_path/'b', cbs=[KillAt(1, 1)])
-    monkeypatch.setattr('mstoolkit.callback.speed.time_formats', lambda *a, **kw: pytest.fail('measured again'))
+    monkeypatch.setattr('mstoolkit.callback.speed.time_ways', lambda *a, **kw: pytest.fail('measured again'))
     assert_same_runs(resume_run(tmp_path/'b'), whole)
+    named = train(recipe(precision=way[0], memory_format=way[1]), image_folder, tmp_path/'c')  # what was chosen can be named
+    assert_same_runs(named, whole)
+    envs = [json.loads((tmp_path/o/'environment.json').read_text()) for o in 'abc']
+    assert all((e['precision'], e['memory_format']) == way for e in envs) and ' '.join(way) in envs[1]['seconds_a_step']
 
 
 script = """

@@ -78,6 +78,20 @@ def test_batches(dls):
     assert x.dtype == torch.float32 and x.shape == (8, 3, 24, 24) and y.dtype == torch.int64
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_may_be_written_into(folder, workers):
+    "No batch that comes later, and no image in a cache, sees what is done to one."
+    def epoch(spoil):
+        dls, out = image_dls(folder, size=24, bs=8, num_workers=workers, device='cpu', cache=True), []
+        assert dls.train.own_batches and dls.valid.own_batches
+        for _ in range(2):
+            for x, y in dls.train:
+                out.append(x.clone())
+                if spoil: x.zero_()
+        return out
+    assert all(torch.equal(a, b) for a, b in zip(epoch(False), epoch(True), strict=True))
+
+
 def test_pixels_are_pillows(folder):
     dls = image_dls(folder, size=20, augment='none', num_workers=0, device='cpu', mean=(0, 0, 0), std=(1, 1, 1))
     x, y = dls.valid.one_batch()

@@ -95,6 +95,8 @@ def test_cutmix_literally(n, h, w, lam, seed, last):
     mixed, y_a, y_b, _ = cutmix_batch(x, y, None, perm, box)
     assert torch.equal(mixed, want) and torch.equal(x, before) and torch.equal(y_a, y) and torch.equal(y_b, perm)
     assert mixed.stride() == x.stride()
+    own, _, y_b, _ = cutmix_batch(x, y, None, perm, box, inplace=True)
+    assert own is x and torch.equal(x, want) and torch.equal(y_b, perm)
 
 
 def test_types():
@@ -207,6 +209,30 @@ def test_validation_is_untouched_and_the_input_too():
         assert set(seen) == {(True, False), (False, True)}
         a = learn.validate()
         with learn.added_cbs(BatchMix(1.)): assert learn.validate() == a
+
+
+def test_in_place_where_the_batch_is_the_loaders_own():
+    "The same weights, and no copy of the batch."
+    runs = []
+    for own in False, True:
+        same, cb = [], Steps()
+        class Spy(Callback):
+            order, run_valid = BatchMix.order-1, False
+            def before_batch(self): self.ptr = self.x.data_ptr()
+            def after_batch(self): same.append(self.learn.batch_mix.mixed and self.x.data_ptr() == self.ptr)
+        learn = tiny_learner()
+        learn.dls.train.own_batches = own
+        learn.dls.train.rng.seed(1)
+        with quiet(learn): learn.fit(3, cbs=[BatchMix(.7, seed=0), Spy(), cb])
+        runs.append(learn.model.state_dict())
+        assert any(same) == own and any(mixed for *_, mixed, _ in cb.log)
+    assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+
+
+def test_in_place_from_images_drawn_twice():
+    x, perm = torch.rand(4, 3, 8, 8), torch.tensor([1, 2, 1, 0])
+    want = cutmix_batch(x, perm, None, perm, (1, 5, 2, 8))[0]
+    assert torch.equal(cutmix_batch(x, perm, None, perm, (1, 5, 2, 8), inplace=True)[0], want) and torch.equal(x, want)
 
 
 def test_off_epochs_under_fit_and_fine_tune():

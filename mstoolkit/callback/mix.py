@@ -42,18 +42,33 @@ def kept_share(
     return 1 - (y2-y1)*(x2-x1)/(h*w)
 
 # %% ../../nbs/320_callback.mix.ipynb #3ce5da60
+def _permute(x: Tensor, perm: list[int]):
+    "`x[i] = x[perm[i]]` for all `i` at once, by way of one image at a time: many small copies, in memory that is at hand."
+    left = {i for i, j in enumerate(perm) if i != j}
+    while left:
+        i = first = left.pop()
+        kept = x[i].clone()
+        while (j := perm[i]) != first:
+            x[i].copy_(x[j])
+            left.discard(i := j)
+        x[i].copy_(kept)
+
 def cutmix_batch(
     x: Tensor, # (N, C, H, W) images of any type
     y: Tensor, # (N, …) targets
     lam: float|None, # weight of the own target; `None`: `kept_share` of `box`, as in both reports
     perm: Tensor, # (N,) which image each one gets its box from
-    box: tuple[int, int, int, int] # y1, y2, x1, x2: rows and columns to paste, as whole numbers
+    box: tuple[int, int, int, int], # y1, y2, x1, x2: rows and columns to paste, as whole numbers
+    *,
+    inplace: bool = False # write into `x`, where nobody else needs it: a third of the cost
 ) -> tuple[Tensor, Tensor, Tensor, float]: # mixed images, own targets, the others' targets, λ
     "Paste `box` of image `perm[i]` into a copy of image `i`."
     y1, y2, x1, x2 = box
-    mixed, inside = x.clone(), (..., slice(y1, y2), slice(x1, x2))
+    mixed, inside = x if inplace else x.clone(), (..., slice(y1, y2), slice(x1, x2))
     # straight into the copy: `mixed[inside] = x[inside][perm]` would gather into memory of its own, at twice the cost
-    torch.index_select(x[inside], 0, perm, out=mixed[inside])
+    if not inplace: torch.index_select(x[inside], 0, perm, out=mixed[inside])
+    elif x.device.type == 'cpu' and len(perm.unique()) == len(perm): _permute(x[inside], perm.tolist())
+    else: x[inside] = x[inside].index_select(0, perm)
     return mixed, y, y[perm], kept_share(box, *x.shape[-2:]) if lam is None else lam
 
 # %% ../../nbs/320_callback.mix.ipynb #7c9d62d8
@@ -154,8 +169,9 @@ class BatchMix(Callback):
         kind, lam, perm, box = self.draw(len(x), *x.shape[-2:])
         if lam == 1: return  # nothing drawn, or a box of no pixels
         if x.is_cuda: perm = perm.pin_memory().to(x.device, non_blocking=True)
-        mix, args = (cutmix_batch, (perm, box)) if kind == 'cutmix' else (mixup_batch, (perm,))
-        x, _, y_b, self.lam = mix(x, yb[0].as_subclass(Tensor), lam, *args)
+        y, own = yb[0].as_subclass(Tensor), getattr(getattr(self.learn, 'dl', None), 'own_batches', False)
+        x, _, y_b, self.lam = (cutmix_batch(x, y, lam, perm, box, inplace=own) if kind == 'cutmix' else
+                               mixup_batch(x, y, lam, perm))
         self.learn.xb = (x,)
         self.yb_b = (y_b, *(o.as_subclass(Tensor)[perm] for o in yb[1:]))
         if not self.mixed_epoch: self.mixed_epoch = True

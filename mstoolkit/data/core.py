@@ -184,6 +184,11 @@ class ImageDL(TfmdDL):
 
     def __getstate__(self): return self.__dict__ | {'_kept': None} # processes do not travel
 
+    @property
+    def own_batches(self) -> bool: # true where `NormalizeUint8` makes floats of each
+        "Whether each batch is new memory that nobody else looks at, so that whoever gets it may write into it."
+        return any(isinstance(t, NormalizeUint8) for t in self.after_batch.fs)
+
     def before_iter(self):
         "Draw the epoch's seed."
         super().before_iter()

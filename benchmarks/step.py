@@ -1,0 +1,202 @@
+"""Training steps by arithmetic, beside the report's literal models and fastai; the stopwatch's price; several trainings at once.
+
+    python benchmarks/step.py                         # all parts; writes benchmarks/step.md
+    python benchmarks/step.py --parts report threads  # some of them; prints, writes nothing
+    python benchmarks/step.py --photos FOLDER         # whole epochs on photographs of your own: FOLDER/<class>/*.jpg
+
+Speeds are ratios, both sides in one run: every round runs each contestant once, a figure is the median of the rounds' ratios.
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.all import ImageDataLoaders, RandomResizedCrop, vision_learner
+from heads import batch, make_heads, train_step
+from input import generated
+from machine import machine
+from mstoolkit.callback.speed import Arithmetic
+from mstoolkit.core import keep_freed_memory, write_text
+from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, time_ways, training_step, ways
+from mstoolkit.models.fusion import multiscale_model
+from mstoolkit.recipe import Recipe
+from mstoolkit.train import fit_recipe, recipe_dls, recipe_learner
+
+NETWORKS = [('resnet50', 8, 224), ('resnest101e', 4, 224), ('resnet18', 32, 128), ('convnext_tiny', 8, 224), ('vit_small_patch16_224', 8, 224),
+            ('tf_efficientnet_lite0', 32, 128)]
+
+
+def ratios(base, other): return statistics.median(a/b for a, b in zip(base, other))
+
+
+def name(way): return ' '.join(way)
+
+
+def arithmetic(o):
+    "Forward and backward of each network in each way."
+    can, rows = ways('auto', 'auto', 'cpu'), []
+    for net, bs, side in NETWORKS:
+        torch.manual_seed(0)
+        model = multiscale_model(net, 'plain', 100, pretrained=False, img_size=side)
+        took = time_ways(training_step(model, torch.randn(bs, 3, side, side), can), can, o.rounds, give_up=1e9)
+        rows.append(f'| {net}, {bs}, {side} | ' + ' | '.join(f'{ratios(took[can[0]], took[w]):.2f}' for w in can[1:]) + f' | {name(fastest(took))} |')
+    return '\n'.join([f'| network, batch, side | {" | ".join(map(name, can[1:]))} | `Arithmetic` chooses |', '|---'*(len(can)+1) + '|', *rows, '',
+                      'Times of fp32 contiguous ÷ those of each way, forward and backward.'])
+
+
+def in_way(step, way):
+    "An optimisation step under autocast."
+    def run():
+        with autocast(way[0], 'cpu'): step()
+    return run
+
+
+def report(o):
+    "Whole optimisation steps of Report A's models, as published in fp32, and as computed here in the way that the stopwatch chooses."
+    rows, (x, y) = [], batch(4, 'cpu')
+    for head in 'pyramid', 'gated':
+        torch.manual_seed(0)
+        literal, model = make_heads('cpu')[f'literal {head}'], multiscale_model('resnest101e', head, 100, pretrained=False).train()
+        body = multiscale_model('resnest101e', 'plain', 100, pretrained=False)[0].train()
+        can = ways('auto', 'auto', 'cpu')
+        way = fastest(time_ways(training_step(model, x, can), can, 4))
+        model.to(memory_format=layouts[way[1]])
+        steps = {'literal': train_step(body, literal.train(), x, y),
+                 'ours': in_way(train_step(model[0], model[1], x.contiguous(memory_format=layouts[way[1]]), y), way)}
+        took = {k: [] for k in steps}
+        for _ in range(o.rounds+1):
+            for k, f in steps.items(): s = time.perf_counter(); f(); took[k].append(time.perf_counter()-s)
+        took = {k: v[1:] for k, v in took.items()}
+        rows.append(f'| {head} | {statistics.median(took["literal"]):.2f} | {statistics.median(took["ours"]):.2f} | {name(way)} | '
+                    f'{ratios(took["literal"], took["ours"]):.2f} |')
+    return '\n'.join(['| ResNeSt-101e, batch of 4, 224 px | literal, fp32, s | ours, s | in | literal ÷ ours |', '|---|---|---|---|---|', *rows])
+
+
+def epochs(o):
+    "Whole epochs from files, without validation: fastai's `vision_learner` beside a recipe of ours."
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = o.photos or generated(Path(tmp), 256)
+        return '\n'.join(['| network, batch, side | fastai, s | ours, s | in | fastai ÷ ours |', '|---|---|---|---|---|',
+                          *(_epochs(o, folder, *net) for net in (('resnet50', 16, 224), ('tf_efficientnet_lite0', 32, 128))), '',
+                          "fastai: `RandomResizedCrop`, as it is; ours: `augment='light'`, which jitters colours besides. A plain head, no mixing, "
+                          'each with its own number of loader processes. The way is chosen by the stopwatch before, its price is below.'])
+
+
+def _epochs(o, folder, net, bs, side):
+    def fastai():
+        dls = ImageDataLoaders.from_folder(folder, valid_pct=.01, seed=0, item_tfms=RandomResizedCrop(side, min_scale=.8), bs=bs, device='cpu')
+        return vision_learner(dls, net, pretrained=False, n_out=dls.c, loss_func=CrossEntropyLossFlat())
+    r = Recipe(backbone=net, head='plain', pretrained=False, size=side, bs=bs, epochs=1, cutmix=0., device='cpu')
+    def ours(way=('auto', 'auto')):
+        r_ = Recipe.from_dict(dict(precision=way[0], memory_format=way[1]), r)
+        return recipe_learner(r_, recipe_dls(r_, folder, valid_pct=.01))
+    learn = ours()
+    learn.arithmetic.share = 1e9
+    x, can = few_images(learn.dls.one_batch()[0]), ways('auto', 'auto', 'cpu')
+    way = fastest(time_ways(training_step(learn.model, x, can), can, 4))
+    took = {'fastai': [], 'ours': []}
+    for _ in range(o.epoch_rounds):
+        for k in took:
+            learn = fastai() if k == 'fastai' else ours(way)
+            if k == 'fastai': learn.unfreeze()
+            with learn.no_bar(), learn.no_logging():
+                s = time.perf_counter()
+                learn.fit(1, 1e-4) if k == 'fastai' else fit_recipe(learn, r)
+                took[k].append(time.perf_counter()-s)
+    return (f'| {net}, {bs}, {side} | {statistics.median(took["fastai"]):.1f} | {statistics.median(took["ours"]):.1f} | {name(way)} | '
+            f'{ratios(took["fastai"], took["ours"]):.2f} |')
+
+
+def choosing(o):
+    "What the stopwatch costs."
+    rows = []
+    for net, bs, side in ('resnet50', 32, 224), ('tf_efficientnet_lite0', 32, 128), ('resnest101e', 16, 224):
+        torch.manual_seed(0)
+        ds = [(torch.randn(3, side, side), 0)]*(3*bs)
+        learn = Learner(DataLoaders.from_dsets(ds, ds[:1], bs=bs, device='cpu', num_workers=0), multiscale_model(net, 'gated', 10, pretrained=False),
+                        CrossEntropyLossFlat(), cbs=(cb := Arithmetic(share=1e9)))
+        choose, spent = cb._choose, []
+        def timed(): s = time.perf_counter(); choose(); spent.append(time.perf_counter()-s)
+        cb._choose = timed
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        steps = 1000*len(few_images(learn.dls.one_batch()[0]))/bs
+        rows.append(f'| {net}, {bs}, {side} | {spent[0]:.1f} | {spent[0]/600:.1%} | {steps:.0f} |')
+    return '\n'.join(['| network, batch, side | four rounds, s | of ten minutes | spent in fits of at least so many steps |', '|---|---|---|---|', *rows])
+
+
+TRAINING = """
+import time, torch
+from mstoolkit.core import keep_freed_memory
+from mstoolkit.models.arithmetic import training_step
+from mstoolkit.models.fusion import multiscale_model
+keep_freed_memory()
+torch.manual_seed(0)
+way = 'fp32', 'channels-last'
+step = training_step(multiscale_model('resnet18', 'plain', 10, pretrained=False), torch.randn(16, 3, 128, 128), [way])
+for _ in range(3): step(way)
+input()
+start, n = time.perf_counter(), 0
+while time.perf_counter() - start < {seconds}: step(way); n += 1
+print(n/(time.perf_counter() - start))
+"""
+
+WAITING = {'as torch has it': {}, 'OMP_WAIT_POLICY=PASSIVE': dict(OMP_WAIT_POLICY='PASSIVE'),
+           **{f'GOMP_SPINCOUNT={n}': dict(GOMP_SPINCOUNT=str(n)) for n in (100, 1000, 3000, 10000, 30000)}}
+
+
+def together(env, n, seconds):
+    "Steps a second of each of `n` trainings that run at once."
+    clean = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME', 'OMP_NUM_THREADS')}
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', TRAINING.format(seconds=seconds)], env=clean | env, text=True,
+                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(n)]
+    time.sleep(2 + 4*n)  # until all have warmed up
+    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    return statistics.mean(float(p.communicate()[0]) for p in ps)
+
+
+def threads(o):
+    "Trainings alone and two at once, by how torch's threads wait."
+    rates = {k: ([], []) for k in WAITING}
+    for _ in range(o.thread_rounds):
+        for k, env in WAITING.items():
+            for i in (0, 1): rates[k][i].append(together(env, i+1, o.seconds))
+    alone = rates['as torch has it'][0]
+    return '\n'.join(['| threads wait | alone ÷ alone as torch has it | each of two at once ÷ half of one alone |', '|---|---|---|',
+                      *(f'| `{k}` | {ratios(a, alone):.2f} | {2*ratios(b, alone):.2f} |' for k, (a, b) in rates.items()), '',
+                      'resnet18, batch of 16, 128 px, fp32, channels last; each with a thread a processor. The command line sets `GOMP_SPINCOUNT=10000`.'])
+
+
+PARTS = dict(arithmetic=('Forward and backward, by arithmetic', arithmetic), report=("Report A's training step", report),
+             epochs=('Whole epochs from files', epochs), choosing=('What choosing costs', choosing), threads=('Two trainings at once', threads))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
+    p.add_argument('--photos', type=Path, help='folder of class folders of JPEGs, for the epochs')
+    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--epoch-rounds', type=int, default=2)
+    p.add_argument('--thread-rounds', type=int, default=2)
+    p.add_argument('--seconds', type=float, default=6., help='of each measurement of trainings at once')
+    p.add_argument('--date', default=time.strftime('%Y-%m-%d'))
+    o = p.parse_args()
+    keep_freed_memory()  # as `train` does, for all alike
+    cv2.setNumThreads(0)
+    command = 'python benchmarks/step.py' + ' --photos FOLDER'*bool(o.photos)
+    found = {title: f(o) for title, f in (PARTS[k] for k in o.parts)}
+    text = '\n\n'.join([f'# Training steps\n\n    {command}', f"{o.date}, {machine()}, torch {torch.__version__.partition('+')[0]}; both sides of every ratio "
+                        'in one run, taking turns.', *(f'## {k}\n\n{v}' for k, v in found.items())]) + '\n'
+    print(text)
+    if len(o.parts) == len(PARTS): write_text(Path(__file__).with_suffix('.md'), text)
+
+
+if __name__ == '__main__': main()
