@@ -112,7 +112,7 @@ def read_env(
     "Read the environment file; one that an editor has spoilt is a `ValueError` that names it."
     file = run_file(run, 'env')
     env = _read_json(file)
-    kinds = dict(data=dict, versions=dict, command=list, epochs=int, seconds=(int, float), resumed=list)
+    kinds: dict[str, Any] = dict(data=dict, versions=dict, command=list, epochs=int, seconds=(int, float), resumed=list)
     if not isinstance(env, dict): raise ValueError(f"{str(file)!r} is damaged: it holds no table")
     for k, kind in kinds.items():
         if k in env and (not isinstance(env[k], kind) or isinstance(env[k], bool)):

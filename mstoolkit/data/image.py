@@ -189,9 +189,9 @@ def overheard() -> Iterator[list]: # the lines, when the block has ended; empty 
     "Take what C libraries write to standard error; Python's own writing goes there too, so the block should do none."
     global _listening
     said: list = []
-    try: tap, err = (None, None) if _listening else (_own_tap(), os.dup(2))
-    except OSError: tap, err = None, None # it is closed, or there is nowhere to keep a file
-    if err is None:
+    try: tap, err = (-1, -1) if _listening else (_own_tap(), os.dup(2))
+    except OSError: tap, err = -1, -1 # it is closed, or there is nowhere to keep a file
+    if err < 0:
         yield said
         return
     _listening = True
