@@ -8,11 +8,9 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, PngImagePlugin
@@ -192,7 +190,6 @@ def more_good() -> dict: # name → (bytes, pixels, error)
     eight = np.repeat(RGB[..., :1], 3, 2)
     dark = np.linspace(0, 600, 4800).reshape(60, 80).astype(np.uint16)
     dark_ref = np.repeat(np.rint(dark/257).astype(np.uint8)[..., None], 3, 2)
-    twelve = (np.arange(64*64) % 4096).reshape(64, 64).astype(np.uint16)
     be = dark.astype('>u2')
     bmp = save(RGB, 'BMP')
     top_down = bmp[:22]+struct.pack('<i', -60)+bmp[26:54]+b''.join(bmp[54+240*(59-i):54+240*(60-i)] for i in range(60))
@@ -360,7 +357,7 @@ def folder_cases():
     for name, folders in odd.items():
         add(g, f'{name}: train', lambda d, f=folders: train(layout(d, *f)), 2, '(?i)(split|train|class)', see=no_run)
         add(g, f'{name}: check', lambda d, f=folders: ['check', layout(d, *f)], 1, '(?i)error')
-    add(g, 'classes with folders of their own that differ', lambda d: train(layout(d, 'cat/black', 'cat/white', 'dog/big', 'dog/small')), 0, see=came(['cat', 'dog'], None, None))
+    add(g, 'classes with folders of their own that differ', lambda d: train(layout(d, 'cat/black', 'cat/white', 'dog/big', 'dog/small')), (0, 2), 'black|2 classes') # an error that shows them, or these classes
     for t in ('train', 'val', 'Test', 'dev', 'eval'):
         add(g, f'a class called {t} in train/', lambda d, t=t: train(layout(d, f'train/{t}', 'train/b', f'val/{t}', 'val/b')), (0, 2), re.escape(t))
     add(g, 'test/ and val/ without train/, classes beside them', lambda d: train(layout(d, 'a', 'b', 'test/a', 'test/b')), 0, see=came('ab', [2, 2], 2))
@@ -512,7 +509,7 @@ def table_cases():
         'a file twice, written otherwise': (csv([*ROWS, ('./a/../a/0.png', 'b')]), 'a/0.png'), 'a file that is not there': (csv([*ROWS, ('a/9.png', 'a')]), 'a/9.png'), 'a folder for a file': (csv([*ROWS, ('a', 'a')]), "data/a'"), 'one class': (csv(ROWS[:4]), "'a'"), 'only val': (csv(split=['val']*8, head='path,label,split'), 'train'),
         'a class in val alone': (csv(split=['train']*4+['val']*4, head='path,label,split'), "'b'|one class"), 'a row of five cells': (csv()+'a/0.png,a,b,c,d\n', 't.csv'), 'an open quote': (csv()+'"a/0.png,a\n', 't.csv'), 'labels a and A': (csv([*ROWS[:4], *((p, 'A') for p, _ in ROWS[4:])]), ''),
         'labels a and a with a space': (csv([*ROWS[:4], *((p, 'a ') for p, _ in ROWS[4:])]), ''), 'NaN labels': (csv([*ROWS[:4], *((p, 'nan') for p, _ in ROWS[4:])]), ''), 'labels 1 and 1.0': (csv([*((p, '1') for p, _ in ROWS[:4]), *((p, '1.0') for p, _ in ROWS[4:])]), '')}
-    soft = {'a file twice': (0, 2), 'labels a and A': 0, 'labels a and a with a space': (0, 2), 'NaN labels': 0, 'labels 1 and 1.0': 0}
+    soft = {'label and Label': (0, 2), 'a file twice': (0, 2), 'labels a and A': 0, 'labels a and a with a space': (0, 2), 'NaN labels': 0, 'labels 1 and 1.0': 0}
     said = {'labels a and A': 'differ by', 'labels a and a with a space': "differ by|'a'"}
     for name, (text, says) in bad.items():
         add(g, f'{name}: {"told" if name in soft else "refused"}', t(text), soft.get(name, 2), said.get(name, says), see=None if name in soft else no_run)
@@ -525,8 +522,11 @@ def table_cases():
     add(g, 'an empty group', t(csv([(p, c, '') for p, c in ROWS], head='path,label,patient'), '--group', 'patient'), 2, 'patient')
     add(g, 'one group', t(csv([(p, c, 'x') for p, c in ROWS], head='path,label,patient'), '--group', 'patient'), 2, '(?i)group')
     add(g, 'a group in both splits', t(csv([(p, c, 'x') for p, c in ROWS], split=half, head='path,label,patient,split'), '--group', 'patient'), 2, "'x'")
-    add(g, 'groups stay together', t(csv([(p, c, p[2]) for p, c in ROWS], head='path,label,patient'), '--group', 'patient'), 0,
-        see=lambda d, o: '' if len({i[2:] for i in pd.read_csv(d/'run'/'valid_predictions.csv').image.str[-7:]} & set('')) == 0 else 'torn')
+    add(g, 'fewer groups than a fifth needs: told what to change', t(csv([(p, c, p[2]) for p, c in ROWS], head='path,label,patient'), '--group', 'patient'), (0, 2), 'valid|2 classes')
+    def whole_groups(d, o):
+        images = {i[-7:] for i in pd.read_csv(d/'run'/'valid_predictions.csv').image}
+        return '' if images in ({f'a/{k}.png', f'b/{k}.png'} for k in range(4)) else f'held out: {images}'
+    add(g, 'groups stay together', t(csv([(p, c, p[2]) for p, c in ROWS], head='path,label,patient'), '--group', 'patient', '--folds', '4'), 0, see=whole_groups)
     add(g, '--csv with val/ asked for', t(csv(), '--valid', 'val2'), 2, 'val2')
     add(g, 'more folds than images', t(csv(), '--folds', '9'), 2, '9 folds')
     add(g, 'a fold that is not there', t(csv(), '--folds', '3', '--fold', '3'), 2, 'fold 3')
@@ -569,8 +569,9 @@ def list_cases():
     va = [ROWS[3], ROWS[7]]
     good = came('ab', [3, 3], 2)
     t = lambda tr, v=None, *args: lambda d: train(lists(d, tr, v), '--train', 'train.txt', *args)
-    for name, kw in {'a space': dict(sep=' '), 'two spaces': dict(sep='  '), 'a tab': dict(sep='\t'), 'a comma': dict(sep=','), 'a comma and a space': dict(sep=', '), 'a semicolon': dict(sep=';'), 'CRLF': dict(end='\r\n'), 'blanks at the end': dict(end='  \n'), 'an empty line between': dict(end='\n\n')}.items():
+    for name, kw in {'a space': dict(sep=' '), 'two spaces': dict(sep='  '), 'a tab': dict(sep='\t'), 'a comma': dict(sep=','), 'a comma and a space': dict(sep=', '), 'CRLF': dict(end='\r\n'), 'blanks at the end': dict(end='  \n'), 'an empty line between': dict(end='\n\n')}.items():
         add(g, f'{name}: understood', t(lines(half, **kw), lines(va, **kw)), 0, see=good)
+    add(g, 'a semicolon: understood or refused', t(lines(half, ';'), lines(va, ';')), (0, 2), 'line 1|2 classes')
     add(g, 'a byte order mark: understood', t('\ufeff'+lines(half), lines(va)), 0, see=good)
     add(g, 'comments: understood', t('# path label\n'+lines(half), lines(va)), 0, see=good)
     add(g, 'a third column: understood', t(lines([(p, c+',x') for p, c in half], ','), lines(va)), 0, see=good)
@@ -595,8 +596,9 @@ def list_cases():
     add(g, 'a label of two words behind a comma', t(lines([(p, 'red '+c) for p, c in half], ', '), lines([(p, 'red '+c) for p, c in va], ', ')), 0, see=came(['red a', 'red b'], [3, 3], 2))
     bad = {'a line without a label': (lines(half)+'a/3.png\n', None, 'line 7'), 'a file that is not there': (lines(half)+'a/9.png a\n', lines(va), 'a/9.png'), 'nothing': ('', lines(va), 'train.txt'), 'only comments': ('# x\n', lines(va), 'train.txt'), 'zeros': (b'\0\0\0', lines(va), '.'),
            'Latin-1': ((lines(half)+'a/\xe9.png a\n').encode('latin1'), lines(va), 'UTF-8'), 'two labels': (lines([*half, ('a/0.png', 'b')]), lines(va), 'a/0.png'), 'an image in both': (lines([*half, va[0]]), lines(va), 'a/3.png'), 'a label of val alone': (lines(half), lines([*va[:1], (va[1][0], 'c')]), "'c'"), 'one label': (lines(ROWS[:3]), None, "'a'"),
-           'label before path': (lines([(c, p) for p, c in half]), lines([(c, p) for p, c in va]), "'?a'?"), 'no val.txt': (lines(half), None, 'val')}
+           'label before path': (lines([(c, p) for p, c in half]), lines([(c, p) for p, c in va]), "'?a'?")}
     for name, (tr, v, says) in bad.items(): add(g, f'{name}: refused', t(tr, v), 2, says, see=no_run)
+    add(g, 'no val.txt: training images are held out', t(lines(half), None), 0, see=came('ab', [2, 2], 2))
     add(g, '--train not there', lambda d: train(lists(d, lines(half)), '--train', 'tr.txt'), 2, 'tr.txt')
     for v in ('valid.txt', 'Val.txt', 'dev.txt', 'validation.txt'):
         def do(d, v=v): data = lists(d, lines(half), lines(va)); (data/'val.txt').rename(data/v); return train(data, '--train', 'train.txt')
@@ -624,7 +626,7 @@ def class_list_cases():
     add(g, 'numbers from 10 that the list says', do(num(10), 'name,number\nbee,11\nant,10\n', 'c.csv'), 0, see=is_('ant', 'bee'))
     add(g, 'the number before the name', do(num(1), 'number,name\n1,ant\n2,bee\n', 'c.csv'), (0, 2), see=lambda d, o: is_('ant', 'bee')(d, o) if o.code == 0 else '')
     add(g, 'lines of number and name in a text', do(num(1), '1 ant\n2 bee\n'), 2, '.')
-    add(g, 'lines of number and name from 0 in a text', do(num(0), '0 ant\n1 bee\n'), (0, 2), see=lambda d, o: '' if o.code else is_('ant', 'bee')(d, o))
+    add(g, 'lines of number and name from 0 in a text', do(num(0), '0 ant\n1 bee\n'), (0, 2), see=lambda d, o: '' if o.code else is_('0 ant', '1 bee')(d, o) and is_('ant', 'bee')(d, o))
     add(g, 'a CSV without a header', do(num(0), 'ant,0\nbee,1\n', 'c.csv'), 2, '.')
     add(g, 'semicolons', do(num(0), 'name;number\nant;0\nbee;1\n', 'c.csv'), (0, 2), see=lambda d, o: '' if o.code else is_('ant', 'bee')(d, o))
     add(g, 'a TSV', do(num(0), 'name\tnumber\nant\t0\nbee\t1\n', 'c.tsv'), (0, 2), see=lambda d, o: '' if o.code else is_('ant', 'bee')(d, o))
@@ -653,7 +655,7 @@ def class_list_cases():
 
 def prepare(folder: Path):
     "What many cases start from: data, a finished run, a stopped one, a study."
-    from fastai.callback.core import Callback, CancelFitException
+    from fastai.callback.core import Callback
     from mstoolkit.cli import main
     from mstoolkit.recipe import Recipe
     from mstoolkit.train import train as fit
@@ -778,7 +780,6 @@ def run_cases():
     rep, res = ['report', '{}', '--out', '{d}/r.html'], ['train', '--resume', '{}']
     env = {'{}': '{}', '[]': '[]', 'null': 'null', '5': '5', 'nothing': '', 'a cut file': lambda t: t[:len(t)//2], 'Latin-1': '{"a": "é"}'.encode('latin1'), 'zeros': bytes(50), 'data None': js(data=None), 'data a text': js(data='x'), 'no data': js(data=...), 'versions a list': js(versions=[1]), 'seconds a text': js(seconds='x'), 'seconds None': js(seconds=None),
            'seconds NaN': js(seconds=float('nan')), 'train_per_class a text': js(data__train_per_class='x'), 'train_per_class nothing': js(data__train_per_class=[]), 'train None': js(data__train=None), 'classes a list': js(data__classes=[1]), 'warnings a number': js(data__warnings=5), 'platform a list': js(platform=[1]), 'started a number': js(started=5), 'processors a dict': js(processors={}), 'command a text': js(command='rm')}
-    sound = ('{}', 'no data', 'seconds NaN')
     for name, change in env.items():
         ok = (0, 2)
         says = lambda d, o: '' if o.code == 0 or 'environment.json' in o.err else f'the file is not named: {o.err.strip()[-200:]}'
@@ -839,12 +840,14 @@ def run_cases():
         return do
     add(g, '--resume with the data elsewhere', moved(lambda o: None), 0, see=lambda d, o: '' if (d/'stopped'/'valid_predictions.csv').exists() else 'not finished')
     add(g, '--resume with other pixels', moved(lambda o: pic(o/'train'/'a'/'0.png', (1, 2, 3))), 2, 'changed')
-    def same_length(o):
+    def one_byte(o):
+        "Another pixel in a large file of the same length and time."
         f = o/'train'/'a'/'0.png'
         data, t = bytearray(f.read_bytes()), f.stat().st_mtime_ns
-        big = save(picture(500, 500)+np.random.default_rng(0).integers(0, 9, (500, 500, 3), dtype=np.uint8), 'BMP')
-        f.write_bytes(data); os.utime(f, ns=(t, t))
-    for name, change in {'an image more': lambda o: pic(o/'train'/'a'/'new.png'), 'an image less': lambda o: (o/'train'/'a'/'0.png').unlink(), 'an image under another label': lambda o: (o/'train'/'a'/'0.png').rename(o/'train'/'b'/'x.png'), 'two images swapped': lambda o: ((o/'train'/'a'/'0.png').rename(o/'t'), (o/'train'/'b'/'0.png').rename(o/'train'/'a'/'0.png'), (o/'t').rename(o/'train'/'b'/'0.png')), 'a class renamed': lambda o: ((o/'train'/'a').rename(o/'train'/'z'), (o/'val'/'a').rename(o/'val'/'z')), 'other validation pixels': lambda o: pic(o/'val'/'a'/'0.png', (9, 9, 9)), 'a damaged image': lambda o: (o/'train'/'a'/'0.png').write_bytes(b'\x89PNG')}.items():
+        data[len(data)//2] ^= 1
+        f.write_bytes(data)
+        os.utime(f, ns=(t, t))
+    for name, change in {'an image more': lambda o: pic(o/'train'/'a'/'new.png'), 'an image less': lambda o: (o/'train'/'a'/'0.png').unlink(), 'an image under another label': lambda o: (o/'train'/'a'/'0.png').rename(o/'train'/'b'/'x.png'), 'two images swapped': lambda o: ((o/'train'/'a'/'0.png').rename(o/'t'), (o/'train'/'b'/'0.png').rename(o/'train'/'a'/'0.png'), (o/'t').rename(o/'train'/'b'/'0.png')), 'a class renamed': lambda o: ((o/'train'/'a').rename(o/'train'/'z'), (o/'val'/'a').rename(o/'val'/'z')), 'other validation pixels': lambda o: pic(o/'val'/'a'/'0.png', (9, 9, 9)), 'one byte of a file, its time as it was': one_byte, 'a damaged image': lambda o: (o/'train'/'a'/'0.png').write_bytes(b'\x89PNG')}.items():
         add(g, f'--resume with {name}', moved(change), 2, 'chang|0.png')
     add(g, '--resume with touched files', moved(lambda o: [os.utime(f, (1, 1)) for f in o.rglob('*.png')]), 0)
     add(g, '--resume of a finished run', edited('run', '', None, *res), 2, 'ended well')
