@@ -795,10 +795,10 @@ def run_cases():
         add(g, f'valid_predictions.csv, {name}: report', edited('run', 'valid_predictions.csv', change, *rep), (0, 2), see=lambda d, o: '' if o.code == 0 or 'valid_predictions.csv' in o.err else f'the file is not named: {o.err.strip()[-200:]}')
     for name in ('nothing', 'other columns', 'a row twice', 'a confidence of text', 'a confidence of 7'):
         if name in ('nothing', 'other columns', 'a confidence of text'): add(g, f'valid_predictions.csv, {name}: refused', edited('run', 'valid_predictions.csv', preds[name], *rep), 2, 'valid_predictions.csv')
-    toml = {'nothing': ('', (0, 2)), 'a cut file': (lambda t: t[:len(t)//2]+'"', 2), 'another type': (lambda t: t.replace('epochs = 4', 'epochs = "four"').replace('epochs = 1 ', 'epochs = "one" '), 2), 'a field more': (lambda t: t+'\nevil = 1\n', 2), 'Latin-1': ('name = "é"'.encode('latin1'), 2), 'zeros': (bytes(9), 2), 'lr = nan': (lambda t: re.sub(r'(?m)^lr = \S+', 'lr = nan', t), 2), 'lr = inf': (lambda t: re.sub(r'(?m)^lr = \S+', 'lr = inf', t), 2), 'size = 10**12': (lambda t: re.sub(r'(?m)^size = \S+', 'size = 1000000000000', t), 2), 'bs = 10**12': (lambda t: re.sub(r'(?m)^bs = \S+', 'bs = 1000000000000', t), (0, 2))}
+    toml = {'nothing': ('', (0, 2)), 'a cut file': (lambda t: t[:len(t)//2]+'\n"', 2), 'another type': (lambda t: t.replace('epochs = 4', 'epochs = "four"').replace('epochs = 1 ', 'epochs = "one" '), 2), 'a field more': (lambda t: t+'\nevil = 1\n', 2), 'Latin-1': ('name = "é"'.encode('latin1'), 2), 'zeros': (bytes(9), 2), 'lr = nan': (lambda t: re.sub(r'(?m)^lr = \S+', 'lr = nan', t), 2), 'lr = inf': (lambda t: re.sub(r'(?m)^lr = \S+', 'lr = inf', t), 2), 'size = 10**12': (lambda t: re.sub(r'(?m)^size = \S+', 'size = 1000000000000', t), 2), 'bs = 10**12': (lambda t: re.sub(r'(?m)^bs = \S+', 'bs = 1000000000000', t), (0, 2))}
     for name, (change, code) in toml.items():
         add(g, f'recipe.toml, {name}: --resume', edited('stopped', 'recipe.toml', change, *res), code, 'recipe.toml' if code == 2 and 'size' not in name else '')
-        add(g, f'recipe.toml, {name}: train --recipe', edited('run', 'recipe.toml', change, 'train', READY/'data', '--recipe', '{}/recipe.toml', '--out', '{d}/run2', *[o for o in TINY if o not in ('--size', '32', '--bs', '8')], *(['--size', '32'] if 'size' not in name else []), '--bs', '8'), code if code == 2 else (0, 2), 'recipe.toml' if code == 2 and 'size' not in name else '')
+        add(g, f'recipe.toml, {name}: train --recipe', edited('run', 'recipe.toml', change, 'train', READY_, '--recipe', '{}/recipe.toml', '--out', '{d}/run2', *[o for o in TINY if o not in ('--size', '32', '--bs', '8')], *(['--size', '32'] if 'size' not in name else []), '--bs', '8'), code if code == 2 else (0, 2), 'recipe.toml' if code == 2 and 'size' not in name else '')
     for bad in ('../../x', '/tmp/x', 'a/b', '..', '.', '', ' ', 'a\\\\b', 'C:x', 'a\\nb', 'a\\u0000b', 'x'*300, '~', '-x'):
         def do(d, bad=bad):
             (d/'r.toml').write_text(f'name = "{bad}"\n')
@@ -824,13 +824,12 @@ def run_cases():
         shutil.copytree(READY/'study', d/'study')
         shutil.copytree(READY/'data', d/'data')
         for f in (d/'study').rglob('*'):
-            if f.suffix in ('.toml', '.csv'): f.write_text(f.read_text().replace(str(READY/'data'), str(d/'data')))
+            if f.suffix in ('.toml', '.csv'): f.write_text(f.read_text().replace(str(READY/'data'), str(d/'data')).replace(str(READY/'study'), str(d/'study')))
         pic(d/'data'/'train'/'a'/'0.png', (1, 2, 3))
         return ['ablate', d/'data', '--study', READY/'heads.toml', '--out', d/'study', '--seeds', '3', '--threads', '1', *TINY]
     add(g, 'a study on other pixels under the same names', repainted, 2, 'chang', limit=90)
-    for file in ('checkpoint/state.pt',):
-        for name, change in (('nothing', ''), ('zeros', bytes(99)), ('a page', '<html>')):
-            add(g, f'state.pt, {name}: --resume', lambda d, c=change: (shutil.copytree(READY/'stopped', d/'stopped'), (d/'stopped'/file).write_bytes(c if isinstance(c, bytes) else c.encode()), ['train', '--resume', d/'stopped'])[-1], 2, 'state.pt')
+    for name, change in (('nothing', b''), ('zeros', bytes(99)), ('a page', b'<html>')):
+        add(g, f'state.pt, {name}: --resume', lambda d, c=change: (shutil.copytree(READY/'stopped', d/'stopped'), (d/'stopped'/'checkpoint'/'state.pt').write_bytes(c), ['train', '--resume', d/'stopped'])[-1], 2, 'state.pt')
     def moved(change):
         def do(d):
             shutil.copytree(READY/'stopped', d/'stopped')
@@ -897,6 +896,7 @@ def command_cases():
                 return main([str(a) for a in args(d)])
             return run
         return do
+    def renew(fd): setattr(sys, {1: 'stdout', 2: 'stderr'}[fd], open(fd, 'w', closefd=False))
     def piped(args, fd=1):
         "As `command | head -0`: nobody reads."
         def do(d):
@@ -904,6 +904,7 @@ def command_cases():
                 from mstoolkit.cli import main
                 r, w = os.pipe()
                 os.close(r); os.dup2(w, fd); os.close(w)
+                renew(fd)
                 return main([str(a) for a in args(d)])
             return run
         return do
@@ -912,6 +913,7 @@ def command_cases():
             def run():
                 from mstoolkit.cli import main
                 os.dup2(os.open('/dev/full', os.O_WRONLY), fd)
+                renew(fd)
                 return main([str(a) for a in args(d)])
             return run
         return do
@@ -965,14 +967,14 @@ def command_cases():
 def signal_cases():
     g = 'signals'
     import signal as s
+    import time
     def sent(sig, when, args=lambda d: train(layout(d, 'train/a', 'train/b', 'val/a', 'val/b'), '--epochs', '200'), twice=False):
         def do(d):
             def run():
                 import threading
-                import time
                 from mstoolkit.cli import main
                 def shoot():
-                    while not when(d): time.sleep(.002)
+                    while s.getsignal(s.SIGTERM) == s.SIG_DFL or not when(d): time.sleep(.002) # its handler tells that `main` has begun
                     os.kill(os.getpid(), sig)
                     if twice: os.kill(os.getpid(), sig)
                 threading.Thread(target=shoot, daemon=True).start()
@@ -981,7 +983,7 @@ def signal_cases():
         return do
     at = lambda f: lambda d: (d/f).exists()
     half = lambda d: any((d/'run').glob('**/.*.tmp'))
-    moments = {'before the run folder': at('data'), 'when the run folder is made': at('run'), 'when its recipe is there': at('run/recipe.toml'), 'in the first epoch': at('run/environment.json'), 'after the first epoch': at('run/checkpoint/state.pt'), 'while a file is written': half}
+    moments = {'at once': lambda d: True, 'when the run folder is made': at('run'), 'when its recipe is there': at('run/recipe.toml'), 'in the first epoch': at('run/environment.json'), 'after the first epoch': at('run/checkpoint/state.pt'), 'while a file is written': half}
     one_line = lambda d, o: '' if len([x for x in o.err.splitlines() if x.strip()]) == 1 else f'standard error: {o.err[-300:]!r}'
     for name, when in moments.items():
         add(g, f'SIGTERM {name}', sent(s.SIGTERM, when), 143, 'stopped by a signal', see=one_line)
@@ -990,17 +992,15 @@ def signal_cases():
     pred = lambda d: (layout(d, *'abcdefgh', n=150), ['predict', READY/'run', d/'data', '--out', d/'p.csv', '--bs', '1'])[1]
     chk = lambda d: (layout(d, *'abcdefgh', n=150), ['check', d/'data'])[1]
     abl = lambda d: ['ablate', READY/'data', '--study', READY/'heads.toml', '--out', d/'study', '--seeds', '2', '--threads', '1', *TINY, '--epochs', '50']
-    for name, args, when in (('predict', pred, at('data/h/149.png')), ('check', chk, at('data/h/149.png')), ('ablate', abl, lambda d: any((d/'study').glob('*/.seed-0/checkpoint/state.pt')))):
+    for name, args, when in (('predict', pred, lambda d: time.sleep(.5) or True), ('check', chk, lambda d: time.sleep(.5) or True), ('ablate', abl, lambda d: any((d/'study').glob('*/.seed-0/checkpoint/state.pt')))):
         add(g, f'SIGTERM in {name}', sent(s.SIGTERM, when, args), 143, 'stopped by a signal')
         add(g, f'SIGINT in {name}', sent(s.SIGINT, when, args), 130, 'interrupted')
     add(g, 'SIGINT in ablate says how to go on', sent(s.SIGINT, lambda d: any((d/'study').glob('*/.seed-0/checkpoint/state.pt')), abl), 130, 'same', never='--resume')
-    add(g, 'SIGHUP in train', sent(s.SIGHUP, at('run/checkpoint/state.pt')), (129, 143), see=None)
     def worker(sig):
         def do(d):
             layout(d, 'train/a', 'train/b', 'val/a', 'val/b')
             def run():
                 import threading
-                import time
                 from mstoolkit.cli import main
                 def shoot():
                     while not (d/'run'/'checkpoint'/'state.pt').exists(): time.sleep(.01)
@@ -1020,7 +1020,7 @@ def signal_cases():
             return run
         return do
     for sig in (s.SIGKILL, s.SIGTERM, s.SIGSEGV):
-        add(g, f'a loader process gets {sig.name}', worker(sig), 2, 'loader process', see=None if sig == s.SIGSEGV else one_line) # torch has a line of its own there
+        add(g, f'a loader process gets {sig.name}', worker(sig), (0, 2), 'loader process|best accuracy', see=lambda d, o, sig=sig: '' if o.code == 0 or sig == s.SIGSEGV else one_line(d, o)) # 0: it was idle and is replaced; torch has a line of its own of SIGSEGV
 
 
 for make in (image_cases, folder_cases, table_cases, list_cases, class_list_cases, model_cases, run_cases, command_cases, signal_cases): make()
