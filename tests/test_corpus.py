@@ -1,0 +1,26 @@
+"A sample of the corpus of `benchmarks/cases.py`: image files and arrays, and data that `check` looks at; the whole takes many minutes."
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
+import cases  # noqa: E402
+from forked import Outcome  # noqa: E402
+from mstoolkit.cli import main  # noqa: E402
+
+SAMPLE = [c for c in cases.cases if c.group in ('images', 'arrays') and ('read' in c.name or 'refused' in c.name)
+          or c.group in ('folders', 'tables', 'lists', 'class lists') and 'check' in c.name]
+
+
+def test_the_sample_is_large(): assert len(SAMPLE) > 150 and len(cases.cases) > 300
+
+
+@pytest.mark.filterwarnings('ignore') # of Pillow, about odd files: a warning is not an error to who runs it
+@pytest.mark.parametrize('c', SAMPLE, ids=lambda c: f'{c.group}: {c.name}')
+def test_case(c, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = c.do(tmp_path)
+    code = made() if callable(made) else main([str(o) for o in made])
+    verdict, why = cases.judge(c, tmp_path, Outcome(code, *capfd.readouterr(), 0, False))
+    assert verdict == 'ok', f'{verdict}: {why}'
