@@ -130,7 +130,9 @@ def run_job(
     part.rename(folder)
 
 # %% ../nbs/740_ablation.ipynb #a81457e4
-_program = 'import sys; from mstoolkit.ablation import _run_below; _run_below(*sys.argv[1:])'
+# bound to its parent before torch is imported, which takes seconds
+_program = ('import sys; from mstoolkit.core import end_with_parent; end_with_parent(int(sys.argv[1])); '
+            'from mstoolkit.ablation import _run_below; _run_below(*sys.argv[1:])')
 
 def _run_below(parent: str, folder: str, recipe: str, source: str, threads: str):
     "`run_job` in a process that ends when its parent has ended, even where that was killed."
@@ -239,6 +241,7 @@ def _settle(study: Study, base: Recipe, source: DataSource, out: Path) -> DataSo
         write_text(study_file(out, 'study'), text)
         return source
     was, then = read_study(out), data_source(study_file(out, 'source'))
+    if 'base' not in was: raise ValueError(f"{str(study_file(out, 'study'))!r} is damaged: it has no base recipe")
     if was['cells'] != cells or Recipe.from_dict(tomllib.loads(was['base'])) != base:
         raise ValueError(f"{str(out)!r} holds another study (other cells or base recipe): choose another folder")
     if source.in_memory: source = replace(source, csv=then.csv) # a table in memory was written down then
@@ -315,7 +318,8 @@ def run_study(
     if base.precision == 'auto': base = replace(base, precision='fp32')
     source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
-    if seeds < 1 or jobs < 1: raise ValueError(f"seeds is {seeds} and jobs {jobs}: give 1 or more")
+    for what, n in dict(seeds=seeds, jobs=jobs, threads=threads).items():
+        if n is not None and n < 1: raise ValueError(f"{what} is {n}: give 1 or more")
     todo = study_jobs(study, base, seeds, out)
     if dry_run: return _plan(todo, source, jobs)
     source = _settle(study, base, source, out)

@@ -9,7 +9,6 @@ __all__ = ['FORMAT', 'ModelHeader', 'read_header', 'Classifier', 'KeepModel']
 
 # %% ../nbs/620_classifier.ipynb #335be980
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from . import __version__
 from .callback.tracker import KeepBest
 from .core import atomic_path, choice, keep_freed_memory
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
-from .data.workers import worker_deaths
+from .data.workers import start_loader, worker_deaths
 from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
                                          time_ways, told, ways)
 from .models.fold import fold_batchnorms
@@ -59,14 +58,18 @@ class ModelHeader:
                      metrics=dict, versions=dict, format=int)
         for k, kind in kinds.items():
             if not isinstance(getattr(self, k), kind): raise ValueError(f"its {k} is {getattr(self, k)!r}")
-        for k, ok in dict(mean=math.isfinite, std=lambda o: math.isfinite(o) and o > 0).items():
+        for k, ok in dict(mean=lambda o: -1e3 <= o <= 1e3, std=lambda o: 1e-3 <= o <= 1e3).items():
             v = getattr(self, k)
-            numbers = all(isinstance(o, (int, float)) and ok(o) for o in v)
+            numbers = all(type(o) in (int, float) and ok(o) for o in v)
             if not numbers or len(v) != self.config.get('in_chans', 3): raise ValueError(f"its {k} is {v!r}")
         if not 8 <= self.size <= 4096: raise ValueError(f"its size is {self.size!r}: 8 to 4096 pixels can be used")
         n_out, backbone = self.config.get('n_out'), self.config.get('backbone')
         if not isinstance(backbone, str): raise ValueError(f"its backbone is {backbone!r}")
+        if foreign := {'weights_file', 'pretrained'} & set(self.config):
+            raise ValueError(f"its config asks for {foreign.pop()}: a model file brings its own weights")
         if not all(isinstance(o, str) for o in self.classes): raise ValueError("its class names are not all text")
+        if odd := [o for o in self.classes if not o.strip() or len(o.splitlines()) > 1]: raise ValueError(f"it names a class {odd[0]!r}")
+        if self.format < 1: raise ValueError(f"its format is {self.format}")
         if twice := [o for o, n in Counter(self.classes).items() if n > 1]: raise ValueError(f"it names class {twice[0]!r} twice")
         if len(self.classes) != n_out:
             raise ValueError(f"it names {len(self.classes)} classes, and its network has {n_out} outputs")
@@ -95,7 +98,7 @@ def read_header(
         d = json.loads(meta)
         newer = d['format'] > FORMAT
         if not newer: return ModelHeader(**d)
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
     raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: "
                      "update mstoolkit")
@@ -167,7 +170,7 @@ class Classifier:
     ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
         "Image files, normalised and on the network's device; what cannot be read is returned by name."
         norm, device = NormalizeUint8(self.header.mean, self.header.std), next(self.model.parameters()).device
-        loaded = iter(image_loader(files, self.header.size, bs=bs, num_workers=num_workers))
+        loaded = start_loader(image_loader(files, self.header.size, bs=bs, num_workers=num_workers))
         try:
             with worker_deaths():
                 for x, good, bad in loaded:

@@ -6,8 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
-           'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'keep_freed_memory',
-           'cpu_quota', 'share_processors', 'others_at_work']
+           'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'end_with_parent',
+           'keep_freed_memory', 'cpu_quota', 'share_processors', 'others_at_work']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -73,7 +73,7 @@ def import_plugins(
         place = str(file.parent if file else Path.cwd())
         if place not in sys.path: sys.path.insert(0, place)
         try: module = importlib.import_module(file.stem if file else name)
-        except Exception as e: raise ValueError(f"plugin {name!r} cannot be imported: {type(e).__name__}: {e}") from e
+        except (Exception, SystemExit) as e: raise ValueError(f"plugin {name!r} cannot be imported: {type(e).__name__}: {e}") from e
         if file and Path(module.__file__ or '').resolve() != file:
             raise ValueError(f"plugin {name!r} is called as another module is ({module.__file__}): give it another name")
         if (own := str(file) if file else name) not in told: told.append(own)
@@ -248,6 +248,15 @@ def pick_device(
     return dev
 
 # %% ../nbs/010_core.ipynb #8b65dc2b
+def end_with_parent(
+    parent: int # process that this one works for
+):
+    "Have this process ended when its parent ends, and end it now if that has happened already (Linux; elsewhere nothing)."
+    if sys.platform != 'linux': return
+    die, death = 1, 9 # PR_SET_PDEATHSIG, SIGKILL
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(die, death)
+    if os.getppid() != parent: os._exit(1)
+
 def keep_freed_memory() -> bool: # whether this C library could be told
     "Tell glibc (Linux) to keep freed memory for the next allocation; for processes that train on the CPU."
     if not sys.platform.startswith('linux'): return False

@@ -31,7 +31,7 @@ import pandas as pd
 from . import __version__
 from .core import choice, counted, natural_key, write_text
 from .data.sources import DataSource
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, tomllib
 
 # %% ../nbs/420_runs.ipynb #a3156965
 run_files = dict(
@@ -112,12 +112,21 @@ def read_env(
     "Read the environment file; one that an editor has spoilt is a `ValueError` that names it."
     file = run_file(run, 'env')
     env = _read_json(file)
-    kinds: dict[str, Any] = dict(data=dict, versions=dict, command=list, epochs=int, seconds=(int, float), resumed=list)
     if not isinstance(env, dict): raise ValueError(f"{str(file)!r} is damaged: it holds no table")
-    for k, kind in kinds.items():
-        if k in env and (not isinstance(env[k], kind) or isinstance(env[k], bool)):
-            raise ValueError(f"{str(file)!r} is damaged: its {k!r} is {str(env[k])[:40]!r}")
+    for k, kind in _env_kinds.items():
+        where, _, own = k.rpartition('.')
+        v = (env.get(where, {}) if where else env).get(own)
+        odd = v is not None and (isinstance(v, bool) or not isinstance(v, list if isinstance(kind, list) else kind))
+        if not odd and isinstance(kind, list) and v is not None: odd = not v and own != 'warnings' or any(type(o) is not kind[0] for o in v)
+        if odd or v is None and k in ('data.train', 'data.valid', 'data.classes') and own in env.get('data', {}):
+            raise ValueError(f"{str(file)!r} is damaged: its {k!r} is {str(v)[:40]!r}")
     return env
+
+# types, and of lists what they hold; a key may be missing
+_env_kinds: dict[str, Any] = {
+    'data': dict, 'versions': dict, 'command': list, 'platform': str, 'started': str, 'device': str, 'gpu': str,
+    'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
+    'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
 
 # %% ../nbs/420_runs.ipynb #593ff148
 try: import fcntl
@@ -169,14 +178,23 @@ def clear_leftovers(
     for f in [*Path(run).glob('.*.tmp'), *run_file(run, 'state').parent.glob('.*.tmp')]: f.unlink()
 
 # %% ../nbs/420_runs.ipynb #30683d6b
+def _read_csv(file: Path, **kw) -> pd.DataFrame: # with a row or more
+    "One of our own tables; one that an editor has spoilt is a `ValueError` that names it."
+    try:
+        with file.open(encoding='utf-8') as f:
+            if (n := f.readline().count(',')) > 1000: raise ValueError(f'it has {n:,} columns') # pandas would take minutes
+        df = pd.read_csv(file, **kw)
+        if not len(df): raise ValueError('it has no row')
+        return df
+    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {str(e).splitlines()[0]}") from e
+
 def read_history(
     file: str|Path # `history.csv`, or the run folder that holds it
 ) -> pd.DataFrame: # a row for each epoch
     "The table of epochs."
     file = run_file(file, 'history') if Path(file).is_dir() else Path(file)
     if not file.is_file(): raise FileNotFoundError(f"there is no history {str(file)!r}")
-    try: df = pd.read_csv(file)
-    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {str(e).splitlines()[0]}") from e
+    df = _read_csv(file)
     numbers = 'epoch', 'train_loss', 'valid_loss', 'seconds'
     if missing := [c for c in numbers if c not in df]:
         raise ValueError(f"{str(file)!r} is damaged: it has no column {', no '.join(missing)}")
@@ -192,8 +210,7 @@ def read_predictions(
     file = run_file(file, 'preds') if Path(file).is_dir() else Path(file)
     if not file.is_file(): raise FileNotFoundError(f"there are no predictions {str(file)!r}")
     texts, numbers = ('image', 'label', 'pred_label'), ('confidence', 'label_confidence')
-    try: df = pd.read_csv(file, dtype=dict.fromkeys(texts, str) | dict.fromkeys(numbers, float), keep_default_na=False)
-    except ValueError as e: raise ValueError(f"{str(file)!r} is damaged: {str(e).splitlines()[0]}") from e
+    df = _read_csv(file, dtype=dict.fromkeys(texts, str) | dict.fromkeys(numbers, float), keep_default_na=False)
     if missing := [c for c in (*texts, *numbers) if c not in df]:
         raise ValueError(f"{str(file)!r} is damaged: it has no column {', no '.join(missing)}")
     return df
@@ -286,6 +303,8 @@ def read_study(
     study = _read_json(file)
     if not isinstance(study, dict) or not isinstance(study.get('cells'), dict) or not isinstance(study.get('base', ''), str):
         raise ValueError(f"{str(file)!r} is damaged: it names no cells, or its base recipe is no text")
+    try: tomllib.loads(study.get('base', ''))
+    except tomllib.TOMLDecodeError as e: raise ValueError(f"{str(file)!r} is damaged: its base recipe is not TOML: {e}") from e
     return study
 
 def run_folders(

@@ -140,7 +140,9 @@ def test_the_scale_is_the_types_not_the_images():
 
 def test_arrays():
     assert np.array_equal(to_rgb(np.array([[True, False]])), [[[255]*3, [0]*3]])
-    assert np.array_equal(to_rgb(np.array([[0, .5, 2., np.nan]])), [[[0]*3, [128]*3, [255]*3, [0]*3]])
+    assert np.array_equal(to_rgb(np.array([[0, .5, 1.0005]])), [[[0]*3, [128]*3, [255]*3]])
+    for odd in ([[0, 2.]], [[np.nan]], [[-1, 0]], [[1j]]):
+        with pytest.raises(ValueError, match='give uint8, uint16, bool, or floats from 0 to 1'): to_rgb(np.array(odd))
     assert np.array_equal(to_rgb(np.array([[[10, 20, 30, 255]]], np.int64)), [[[10, 20, 30]]])
     with pytest.raises(ValueError, match=r'not \(3, 4, 4, 5\)'): to_rgb(np.zeros((3, 4, 4, 5)))
 

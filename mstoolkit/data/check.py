@@ -178,13 +178,21 @@ def _stray_findings(entries: list[Entry]):
         text += '; by content they are images: rename them' if images else ''
         yield Finding('warning' if images else 'note', 'passed over', text, [[o] for o in sorted(files, key=natural_key)])
 
+_cyrillic = str.maketrans('авекмнорстухіѕј', 'abekmhopctyxisj') # small letters that look Latin
+
+def _as_read(name: str) -> str: # the same for names that a reader would take for one
+    shown = ''.join(o for o in unicodedata.normalize('NFKC', name) if unicodedata.category(o) != 'Cf') # of no width
+    return ' '.join(shown.casefold().translate(_cyrillic).split())
+
 def _name_findings(entries: list[Entry]):
     "Class names that a reader would take for one, and names that a spreadsheet would take for formulas."
     same = defaultdict(set)
-    for e in entries: same[' '.join(unicodedata.normalize('NFKC', e.label).casefold().split())].add(e.label)
+    for e in entries: same[_as_read(e.label)].add(e.label)
     if twins := [sorted(o) for o in same.values() if len(o) > 1]:
         text = 'classes that differ by case, spaces or the writing of accents alone: ' + '; '.join(map(_listing, twins))
         yield Finding('warning', 'twin classes', text)
+    if splits := sorted({e.label for e in entries if split_of(e.label)}, key=natural_key):
+        yield Finding('warning', 'split as class', f"called like a split, and taken for a class: {_listing(splits)}")
     if odd := [[str(e.path)] for e in entries if e.label.startswith(formula_starts) or e.path.name.startswith(formula_starts)]:
         text = f"{counted(len(odd), 'image')} whose name or class begins with =, +, - or @: a spreadsheet takes such cells for formulas"
         yield Finding('note', 'formula', text, odd)
@@ -485,7 +493,8 @@ def check_samples(
 ) -> Findings: # the worst first
     "The fast part of the check, on listed images: headers, class counts, files that are the same; `train` does it."
     entries = _sample_entries(train, valid)
-    more = [*_list_findings(entries, classes), *(_stray_findings(entries) if strays else ())]
+    more = [*_list_findings(entries, classes)]
+    if strays: more += [*_stray_findings(entries), *_loose_findings(Path(path))]
     return _findings(path, entries, {}, True, more)
 
 def _findings(path, entries: list[Entry], empty: dict, fast: bool, more=()) -> Findings:

@@ -109,10 +109,24 @@ def to_rgb(
     "Any array of pixels as uint8 RGB; transparency is laid over white."
     if im.ndim not in (2, 3) or im.ndim == 3 and im.shape[2] not in (1, 2, 3, 4):
         raise ValueError(f"an image array has shape (H, W) or (H, W, 1 to 4), not {im.shape}")
+    low, high = _range(im)
+    if im.dtype.kind not in 'buif' or not low <= im.min(initial=high) <= im.max(initial=low) <= high:
+        raise ValueError(f"an image array of {im.dtype} has values from {im.min()} to {im.max()}: "
+                         "give uint8, uint16, bool, or floats from 0 to 1")
+    rows = max(1, (1 << 22)//im.shape[1]) if im.shape[1] else 1 # a few at a time, as what is computed on the way is larger than they are
+    if len(im) <= rows: return _rows_rgb(im)
+    out = np.empty((*im.shape[:2], 3), np.uint8)
+    for i in range(0, len(im), rows): out[i:i+rows] = _rows_rgb(im[i:i+rows])
+    return out
+
+def _range(im: np.ndarray) -> tuple: # of values that an array of this type may have
+    return (0, 65535) if im.dtype == np.uint16 else (-1e-3, 1.001) if im.dtype.kind == 'f' else (0, 255) # floats with some rounding
+
+def _rows_rgb(im: np.ndarray) -> np.ndarray:
     if im.dtype == bool: im = im.astype(np.uint8)*255
-    elif im.dtype == np.uint16: im = np.rint(im/257).astype(np.uint8)
-    elif im.dtype.kind == 'f': im = np.rint(np.clip(np.nan_to_num(im), 0, 1)*255).astype(np.uint8)
-    elif im.dtype != np.uint8: im = np.clip(im, 0, 255).astype(np.uint8)
+    elif im.dtype == np.uint16: im = ((im.astype(np.uint32)+128)//257).astype(np.uint8)
+    elif im.dtype.kind == 'f': im = np.rint(np.clip(im, 0, 1)*255).astype(np.uint8)
+    else: im = im.astype(np.uint8, copy=False)
     if im.ndim == 2: im = im[..., None]
     colour, alpha = (im[..., :-1], im[..., -1:]) if im.shape[2] in (2, 4) else (im, None)
     if colour.shape[2] == 1: colour = cv2.cvtColor(np.ascontiguousarray(colour), cv2.COLOR_GRAY2RGB)
@@ -132,7 +146,11 @@ def _scaled(a: np.ndarray, fmt: str|None) -> np.ndarray: # floats from 0 to 1, o
 # %% ../../nbs/110_data.image.ipynb #afb7782f
 def _pil_array(im: Image.Image, fmt: str|None) -> np.ndarray: # for `to_rgb`
     "The pixels of a PIL image of any mode."
-    if im.mode in ('I;16', 'I;16B', 'I;16L', 'I;16N'): return np.asarray(im).astype(np.uint16)
+    if im.mode in ('I;16', 'I;16B', 'I;16L', 'I;16N'):
+        bits = getattr(im, 'tag_v2', {}).get(258, 16) # of a TIFF
+        if bits != 16 and bits != (16,): raise ImageError(f"its pixels have {bits} bits: save it with 8 or 16")
+        a, key = np.asarray(im).astype(np.uint16), im.info.get('transparency')
+        return a if key is None else np.dstack([a, np.where(a == key, 0, 65535).astype(np.uint16)])
     if im.mode in ('I', 'F'): return _scaled(np.asarray(im), fmt)
     if im.mode == 'La': im = im.convert('LA')
     clear = im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info
@@ -164,12 +182,22 @@ def _png_plain(data: bytes) -> bool:
     turned = b'eXIf' in data or b'Raw profile type' in data
     return data[25] != 3 and b'tRNS' not in head and b'acTL' not in head and not turned
 
+def _check_chunks(data: bytes):
+    "Refuse a PNG with a chunk that ends beyond the file: OpenCV makes room for all that it claims to be."
+    i = 8
+    while i+8 <= len(data):
+        n, kind = struct.unpack('>I4s', data[i:i+8])
+        if i+12+n > len(data): raise ImageError(f"cut off: its chunk {kind!r} of {n:,} bytes ends beyond the file", 'truncated')
+        if kind == b'IEND': return
+        i += 12+n
+
 def _decode(data: bytes, size: int|None) -> np.ndarray:
     fmt, w, h = image_header(data)
     if fmt == 'JPEG':
         if data.rfind(b'\xff\xd9', 2) < 0: raise ImageError("cut off: its end is missing", 'truncated')
         k = next(k for k in _reduced if k == 1 or size and min(w, h) >= k*size)
         return _opencv(data, cv2.IMREAD_COLOR_RGB | _reduced[k])
+    if fmt == 'PNG': _check_chunks(data)
     if fmt == 'PNG' and _png_plain(data):
         im = _opencv(data, cv2.IMREAD_UNCHANGED)
         return to_rgb(im if im.ndim == 2 else im[..., [2, 1, 0, 3][:im.shape[2]]])

@@ -317,32 +317,38 @@ def _read_text(file: str|Path) -> str:
     except UnicodeDecodeError as e:
         raise ValueError(f"{str(file)!r} is not UTF-8: save it as such (a spreadsheet calls it CSV UTF-8)") from e
 
+def _separator(table: Path, text: str) -> str: # ',', ';' or a tab
+    "What a table's header says: spreadsheets of half the world write semicolons, and tabs where they were pasted from."
+    head = text.partition('\n')[0]
+    return '\t' if table.suffix == '.tsv' else next((o for o in ',;\t' if o in head), ',')
+
 def _read_table(table: str|Path|Table) -> Table:
     "Any of the forms of a table, all cells as text."
     import pandas as pd
     if isinstance(table, pd.DataFrame): return table
     table = Path(table)
     if not table.is_file(): raise FileNotFoundError(f"there is no table {str(table)!r}")
+    if table.suffix.lower() in ('.xlsx', '.xls', '.ods'):
+        raise ValueError(f"{str(table)!r} is a spreadsheet: save the sheet as CSV (UTF-8)")
     parquet = table.suffix == '.parquet'
     text = '' if parquet else _read_text(table)
     try:
         if parquet: return pd.read_parquet(table)
-        head = text.partition('\n')[0]
-        # spreadsheets of half the world write semicolons, and tabs where they were pasted from
-        sep = '\t' if table.suffix == '.tsv' else next((o for o in ',;\t' if o in head), ',')
+        head, sep = text.partition('\n')[0], _separator(table, text)
         names = [o.strip() for o in next(csv_lines.reader([head.strip()], delimiter=sep), [])]
         if twice := [o for o, n in Counter(names).items() if n > 1 and o]: raise ValueError(f"it has two columns {twice[0]!r}")
+        if len(names) > 1000: raise ValueError(f"it has {len(names):,} columns")
         return pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, na_values=[''], sep=sep, skipinitialspace=True)
     except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
-    except (ValueError, OSError) as e:
-        raise ValueError(f"{str(table)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
+    except (ValueError, OSError, csv_lines.Error) as e:
+        raise ValueError(f"{str(table)!r} cannot be read as a table: {(str(e).splitlines() or [type(e).__name__])[0][:200]}") from e
 
 def _check_files(samples: list[Sample], what: str):
     "Files must be there, and have one label."
-    labels = {}
+    labels: dict = {}
     for s in samples:
-        if labels.setdefault(s.path, s.label) != s.label:
-            raise ValueError(f"{what} gives {str(s.path)!r} two labels, {labels[s.path]!r} and {s.label!r}: keep one")
+        if (was := labels.setdefault(os.path.abspath(s.path), s.label)) != s.label: # however its path is written
+            raise ValueError(f"{what} gives {str(s.path)!r} two labels, {was!r} and {s.label!r}: keep one")
     if gone := [s.path for s in samples if not os.path.isfile(s.path)]:
         raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}; "
                                 "`mstoolkit check` lists all")
@@ -362,8 +368,12 @@ def table_samples(
         hint = f": call {alike[0]!r} {alike[0].strip().lower()!r}" if alike else ''
         raise ValueError(f"the table has no column {' and no '.join(map(repr, missing))}; it has {has}{hint}")
     if 'split' in df: need.append('split')
+    if two := [(o, c) for c in need for o in map(str, df) if o != c and o.strip().lower() == c]:
+        raise ValueError(f"the table has the columns {two[0][1]!r} and {two[0][0]!r}: rename the one that is not meant")
     for c in need:
-        if len(empty := [i for i, o in enumerate(df[c].isna(), 1) if o]):
+        if odd := next((o for o in df[c] if isinstance(o, (list, tuple, dict, set))), None):
+            raise ValueError(f"column {c!r} holds {odd!r}: give one text or number a row")
+        if len(empty := [i for i, o in enumerate(df[c].isna() | (df[c].astype(str).str.strip() == ''), 1) if o]):
             rows = ', '.join(map(str, empty[:5])) + ' …'*(len(empty) > 5)
             raise ValueError(f"{counted(len(empty), 'row')} of the table with no {c}: row{'s'*(len(empty) > 1)} {rows}, "
                              "counted from 1 below the header")
@@ -379,6 +389,7 @@ def table_samples(
 def _path_and_label(line: str, root: str|Path) -> tuple[str, str]: # '' where there is none
     "Cut a line at its comma, tab or last space: at the one that leaves the path of a file, if any does."
     cuts = [next(csv_lines.reader([line], delimiter=s)) for s in ',\t' if s in line] + [line.rsplit(None, 1)]
+    if line.count(',') > 1: cuts.append(line.rsplit(',', 1))
     pairs = [([o.strip() for o in (*parts, '', '')][:2]) for parts in cuts]
     path, label = next((o for o in pairs if len(pairs) > 1 and o[1] and os.path.isfile(Path(root)/o[0])), pairs[0])
     return path, label
@@ -403,8 +414,11 @@ def _listed(
 ) -> tuple[list[Sample], list[Sample], str]: # training and validation samples; what lists them
     "The samples that list files name."
     if source.valid == 'val':
-        lists = sorted(Path(source.path).glob('*.txt')) # val.txt, valid.txt …
-        source = replace(source, valid=next((o for o in lists if split_of(o.stem) == 'valid'), None))
+        lists = [o for o in sorted(Path(source.path).glob('*.txt')) if split_of(o.stem) == 'valid'] # val.txt, valid.txt …
+        if len(lists) > 1:
+            raise ValueError(f"{' and '.join(repr(o.name) for o in lists)} in {source.path!r} are both names of a validation list: "
+                             "name the one that is meant (valid=, --valid)")
+        source = replace(source, valid=lists[0] if lists else None)
     valid = source.file('valid')
     if source.valid != 'none' and not valid:
         raise FileNotFoundError(f"there is no list {source.valid!r} in {source.path!r}, to go with {source.train!r}")
@@ -444,7 +458,7 @@ def source_samples(
     if source.valid == 'none': va = [] # as asked: training images are held out, whatever the table says of others
     if not strict: return tr, va
     _check_files(tr+va, what)
-    if both := {s.path for s in tr} & {s.path for s in va}:
+    if both := {os.path.abspath(s.path) for s in tr} & {os.path.abspath(s.path) for s in va}:
         raise ValueError(f"{counted(len(both), 'image')} in training and in validation, the first {str(min(both))!r}: "
                          "validation would flatter")
     if torn := {o.group for o in tr if o.group} & {o.group for o in va}:
@@ -459,24 +473,28 @@ def read_classes(
     "The names of classes, from a file."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"there is no class list {str(file)!r}")
-    if file.suffix != '.csv': names = [o.strip() for o in _read_text(file).splitlines() if o.strip()]
+    if not _is_table(file): names = [o.strip() for o in _read_text(file).splitlines() if o.strip()]
     else:
         df = _class_table(file)
         if _has_numbers(df): df = df.iloc[df.iloc[:, 1].astype(int).argsort(kind='stable')]
         names = [o.strip() for o in df.iloc[:, 0]]
     twice = [o for o, n in Counter(names).items() if n > 1]
     if twice: raise ValueError(f"{file} names class {twice[0]!r} twice")
+    if not names: raise ValueError(f"{str(file)!r} names no class")
     return names
 
-def _class_table(file: str|Path) -> Table: # of a class list in CSV
-    import pandas as pd
-    try: df = pd.read_csv(StringIO(_read_text(file)), dtype=str, keep_default_na=False, na_values=[''])
-    except ValueError as e: raise ValueError(f"{str(file)!r} cannot be read as a table: {str(e).splitlines()[0]}") from e
+def _is_table(file: str|Path) -> bool: return Path(file).suffix.lower() in ('.csv', '.tsv')
+
+def _class_table(file: str|Path) -> Table: # of a class list in CSV: first the names, then, if there are any, their numbers
+    df = _read_table(file)
+    if df.shape[1] > 1 and _all_numbers(df.iloc[:, 0]) and not _all_numbers(df.iloc[:, 1]): df = df.iloc[:, [1, 0]]
     if df.iloc[:, 0].isna().any(): raise ValueError(f"{str(file)!r} has a row without a class name")
     return df
 
+def _all_numbers(column) -> bool: return bool(column.str.fullmatch(r'\d{1,9}').fillna(False).all())
+
 def _has_numbers(df: Table) -> bool: # whether the second column of a class list numbers the first
-    if df.shape[1] < 2 or not df.iloc[:, 1].str.fullmatch(r'\d+').fillna(False).all(): return False
+    if df.shape[1] < 2 or not len(df) or not _all_numbers(df.iloc[:, 1]): return False
     numbers = df.iloc[:, 1].astype(int)
     if numbers.duplicated().any():
         raise ValueError(f"the class list gives number {numbers[numbers.duplicated()].iloc[0]} to two classes")
@@ -507,7 +525,7 @@ def numbered_classes(
     return {o: numbers[int(o)] for o in labels}
 
 def _listed_numbers(file: str|Path) -> dict|None: # number → name; `None`: the file has no numbers
-    df = _class_table(file) if Path(file).suffix == '.csv' else None
+    df = _class_table(file) if _is_table(file) else None
     return None if df is None or not _has_numbers(df) else dict(zip(df.iloc[:, 1].astype(int), df.iloc[:, 0].str.strip()))
 
 def class_names(
@@ -564,7 +582,9 @@ def _deal_groups(samples: list[Sample], folds: int, seed: int) -> list[int]: # f
     from sklearn.model_selection import StratifiedGroupKFold
     labels, groups = [s.label for s in samples], [s.group or f'image {i}' for i, s in enumerate(samples)]
     fold, n = [0]*len(samples), len(set(groups))
-    if n < folds: raise ValueError(f"{counted(n, 'group')} cannot be split into {folds} folds")
+    if n < folds:
+        raise ValueError(f"{counted(n, 'group')} cannot be split into {folds} parts, of which one is held out: "
+                         f"give {n} folds or fewer (--folds), or hold out more of them, such as valid_pct={1/max(n, 2):.2f} (--valid-pct)")
     # where no class has an image for each fold, keep the sizes even
     if max(Counter(labels).values()) < folds: labels = ['']*len(samples)
     with warnings.catch_warnings():
