@@ -10,6 +10,9 @@ __all__ = []
 # %% ../nbs/830_main.ipynb #c0f84732
 import sys
 
-from .cli import main
-
-sys.exit(main())
+try:
+    from .cli import main
+    sys.exit(main())
+except KeyboardInterrupt: # while libraries are read in
+    print('mstoolkit: interrupted', file=sys.stderr)
+    sys.exit(130)

@@ -28,7 +28,7 @@ from . import __version__
 from .callback.tracker import KeepBest
 from .core import atomic_path, choice, keep_freed_memory
 from .data.core import NormalizeUint8, get_stats, image_loader, input_size
-from .data.workers import start_loader, worker_deaths
+from .data.workers import end_loader, start_loader, worker_deaths
 from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
                                          time_ways, told, ways)
 from .models.fold import fold_batchnorms
@@ -175,8 +175,7 @@ class Classifier:
             with worker_deaths():
                 for x, good, bad in loaded:
                     yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
-        finally: # now: torch would tell of a dead process again whenever any other ends
-            if hasattr(loaded, '_shutdown_workers'): loaded._shutdown_workers()
+        finally: end_loader(loaded)
 
     def network(self,
         x: torch.Tensor, # (B, C, H, W) images as the network takes them, to try it on

@@ -337,14 +337,20 @@ def _one_line(e: Exception) -> str:
 def _no_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(re.search('out of memory|not enough memory', str(e)))
 
-def _answer(e: Exception) -> int: # exit code
+def _bad_value(text: str, args: list[str]|None) -> str: # the same with the value, which typer leaves out
+    m = re.search(r"Invalid value for '(--[\w-]+)'", text)
+    words = sys.argv[1:] if args is None else args
+    if m is None or m[1] not in words[:-1]: return text
+    return text.replace(m[0], f"{m[0]}, {words[words.index(m[1])+1]!r}")
+
+def _answer(e: Exception, args: list[str]|None) -> int: # exit code
     "Say what went wrong, and whose mistake it was."
     if hasattr(e, 'format_message'): # typer's own: an unknown option, a word too many
         if not e.format_message().strip() or type(e).__name__ == 'NoArgsIsHelpError': e.show()
         else:
             ctx = getattr(e, 'ctx', None)
-            print(f"mstoolkit: {_one_line(ValueError(e.format_message()))} ({ctx.command_path if ctx else 'mstoolkit'} --help "
-                  "shows what there is)", file=sys.stderr)
+            where, why = ctx.command_path if ctx else 'mstoolkit', _bad_value(_one_line(ValueError(e.format_message())), args)
+            print(f"mstoolkit: {why} ({where} --help shows what there is)", file=sys.stderr)
         return e.exit_code
     if isinstance(e, (ValueError, OSError, ImportError, RunError)):
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)
@@ -359,20 +365,33 @@ def _answer(e: Exception) -> int: # exit code
 _issues = 'https://github.com/mstoolkit/mstoolkit/issues'
 
 class _Stream:
-    "Standard output or error whose reader may go: `| head -1` ends what is read, not what runs."
-    def __init__(self, stream): self._stream = stream
+    "Standard output or error that may end before what runs does: its reader goes (`| head -1`), its disk is full."
+    def __init__(self, stream): self._stream, self.lost = stream, None # why nothing arrives any more
     def __getattr__(self, name): return getattr(self._stream, name)
 
     def _try(self, f, *args):
         try: return f(*args)
-        except BrokenPipeError:
-            with open(os.devnull, 'w') as f: os.dup2(f.fileno(), self._stream.fileno())
+        except OSError as e:
+            if self.lost is None: self.lost = e
+            with open(os.devnull, 'w') as null: os.dup2(null.fileno(), self._stream.fileno())
 
     def write(self, text): return self._try(self._stream.write, text)
     def flush(self): return self._try(self._stream.flush)
 
 def _lasting(stream): # standard output or error; `None`: it was closed before we came
     return open(os.devnull, 'w', encoding='utf-8') if stream is None else _Stream(stream)
+
+def _run(args) -> int: # exit code
+    try: code = app(args, prog_name='mstoolkit', standalone_mode=False)
+    except SystemExit as e:
+        if e.code == 143: print('mstoolkit: stopped by a signal', file=sys.stderr)
+        return int(e.code or 0)
+    except KeyboardInterrupt: code = 130 # before there was a command
+    except Exception as e:
+        if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
+        return _answer(e, args)
+    if code == 130: print('mstoolkit: interrupted', file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 def main(
     args: list[str]|None = None # the command line; `sys.argv` when not given
@@ -386,15 +405,12 @@ def main(
     sys.stdout, sys.stderr = map(_lasting, streams)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main_thread else None  # so that clean-up runs
     try:
-        code = app(args, prog_name='mstoolkit', standalone_mode=False)
-        if code == 130: print('mstoolkit: interrupted', file=sys.stderr)
-        return code if isinstance(code, int) else 0
-    except SystemExit as e:
-        if e.code == 143: print('mstoolkit: stopped by a signal', file=sys.stderr)
-        return int(e.code or 0)
-    except Exception as e:
-        if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
-        return _answer(e)
+        code = _run(args)
+        sys.stdout.flush()
+        lost = getattr(sys.stdout, 'lost', None)
+        if lost is None or isinstance(lost, BrokenPipeError): return code
+        print(f'mstoolkit: standard output: {lost.strerror}: what came after is lost', file=sys.stderr)
+        return code or 2
     finally:
         for o in (sys.stdout, sys.stderr): o.flush()
         sys.stdout, sys.stderr = streams

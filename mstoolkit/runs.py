@@ -6,9 +6,9 @@ Docs: https://mstoolkit.github.io/mstoolkit/runs.html.md"""
 
 # %% auto #0
 __all__ = ['run_files', 'study_files', 'run_file', 'study_file', 'free_run_folder', 'library_versions', 'environment',
-           'write_env', 'read_env', 'one_writer', 'stopped_run', 'clear_leftovers', 'read_history', 'read_predictions',
-           'Run', 'seed_folder', 'finished_runs', 'read_study', 'run_folders', 'read_failures', 'group_runs',
-           'correct_cells']
+           'write_env', 'read_env', 'one_writer', 'stopped_run', 'beginnings', 'clear_stillborn', 'clear_leftovers',
+           'read_history', 'read_predictions', 'Run', 'seed_folder', 'finished_runs', 'read_study', 'run_folders',
+           'read_failures', 'group_runs', 'correct_cells']
 
 # %% ../nbs/420_runs.ipynb #d4b52393
 import contextlib
@@ -30,7 +30,7 @@ import pandas as pd
 
 from . import __version__
 from .core import choice, counted, natural_key, write_text
-from .data.sources import DataSource
+from .data.sources import DataSource, kept_files
 from .recipe import Recipe, load_recipe, tomllib
 
 # %% ../nbs/420_runs.ipynb #a3156965
@@ -170,6 +170,28 @@ def stopped_run(
     if 'epochs' in env:
         raise ValueError(f"{str(run)!r} has ended well, after {counted(env['epochs'], 'epoch')}: there is nothing to resume")
     return env
+
+def beginnings(
+    run: str|Path # a run folder
+) -> list[Path]: # files, which may not be there
+    "What a run writes before its first epoch."
+    return [*(run_file(run, o) for o in ('recipe', 'source', 'env', 'left_out')), *(Path(run)/o for o in kept_files.values())]
+
+def clear_stillborn(
+    run: str|Path, # a folder that a run is to be written to
+    recipe: Recipe # of the run
+):
+    "Clear what the same recipe's run has left that was killed before its first epoch had ended; anything else stays."
+    run, lock, file = Path(run), run_file(run, 'lock'), run_file(run, 'recipe')
+    if not run.is_dir(): return
+    own = {*beginnings(run), lock.parent}
+    there = [o for o in run.iterdir() if not (o.name.startswith('.') and o.name.endswith('.tmp'))]
+    if not there or not set(there) <= own or run_file(run, 'state').exists(): return
+    try:
+        if file.is_file() and load_recipe(file) != recipe: return
+    except ValueError: return # cut off, or somebody's own
+    with one_writer(run): # nobody is at it
+        for f in [*beginnings(run), *run.glob('.*.tmp')]: f.unlink(missing_ok=True)
 
 def clear_leftovers(
     run: str|Path # a run folder

@@ -37,14 +37,14 @@ from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_d
                             write_text)
 from .data.check import check_samples
 from .data.core import image_dls
-from .data.sources import DataSource, data_source, kept_files, left_aside
+from .data.sources import DataSource, data_source, left_aside
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, layouts, precisions
 from .recipe import Recipe, check_choices, load_recipe
-from .runs import (clear_leftovers, environment, free_run_folder, one_writer, run_file, stopped_run,
-                            write_env)
+from .runs import (beginnings, clear_leftovers, clear_stillborn, environment, free_run_folder, one_writer,
+                            run_file, stopped_run, write_env)
 
 # %% ../nbs/710_train.ipynb #8cb93768
 optimizers = dict(adam=partial(OptimWrapper, opt=torch.optim.Adam), adamw=partial(OptimWrapper, opt=torch.optim.AdamW),
@@ -216,10 +216,18 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume
 
 def _take_back(run: Path):
     "A run that ended no epoch has nothing to keep, and should not take the name."
-    written = [run_file(run, o) for o in ('recipe', 'source', 'env', 'left_out')]
-    for f in (*written, *(run/o for o in kept_files.values())): f.unlink(missing_ok=True)
+    for f in beginnings(run): f.unlink(missing_ok=True)
 
 # %% ../nbs/710_train.ipynb #e0d0c19f
+def _begin(learn: Learner, r: Recipe, source: DataSource, run: Path) -> dict: # the environment
+    "Write down what is to be done, on what."
+    _need_space(run, learn)
+    r.save(run_file(run, 'recipe'))
+    source.kept_in(run).save(run_file(run, 'source'))
+    write_env(run, env := _surroundings(learn.dls))
+    if learn.dls.left_out: write_text(run_file(run, 'left_out'), '\n'.join(learn.dls.left_out.values()))
+    return env
+
 def train(
     recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
     data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
@@ -230,15 +238,16 @@ def train(
 ) -> Learner: # the trained learner with its best weights; its `path` is the run folder
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     r, source = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), data_source(data, **source)
-    out = check_new(out or free_run_folder(r.name), 'run folder')
+    out = Path(out or free_run_folder(r.name))
+    clear_stillborn(out, r)
+    check_new(out, 'run folder')
     learn = _prepare(r, source)
     dls = learn.dls
     with new_folder(out, 'run folder') as run, one_writer(run):
-        _need_space(run, learn)
-        r.save(run_file(run, 'recipe'))
-        source.kept_in(run).save(run_file(run, 'source'))
-        write_env(run, env := _surroundings(dls))
-        if dls.left_out: write_text(run_file(run, 'left_out'), '\n'.join(dls.left_out.values()))
+        try: env = _begin(learn, r, source, run)
+        except BaseException:
+            _take_back(run)
+            raise
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
         if aside := left_aside(source): print(f"left aside: {aside}", flush=True)

@@ -23,6 +23,7 @@ from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
 from mstoolkit.cli import main
 from mstoolkit.core import signals_wait
 from mstoolkit.recipe import Recipe
+from mstoolkit.runs import run_file
 from mstoolkit.train import resume_run, train
 from mstoolkit.train import schedules as train_schedules
 from safetensors.torch import load_file, save_file
@@ -477,3 +478,17 @@ def test_on_a_gpu(mode, tmp_path):
     with pytest.raises(Killed): run(tmp_path/'b', KillAt(1, 2))
     if mode == 'fp16': assert load_checkpoint(tmp_path/'b'/'checkpoint'/'state.pt')['learner']['scaler']['_growth_tracker'] > 0
     assert same(whole.model.state_dict(), run(tmp_path/'b', resume=True).model.state_dict())
+
+
+@pytest.mark.parametrize('files', [('recipe',), ('recipe', 'source'), ('recipe', 'source', 'env'), ()])
+def test_a_run_killed_at_its_beginning_does_not_block_its_name(files, recipe, image_folder, tmp_path, capsys):
+    r, run = recipe(), tmp_path/'run'
+    whole = train(r, image_folder, tmp_path/'whole')
+    (run/'checkpoint').mkdir(parents=True), (run/'checkpoint'/'lock').touch(), (run/'.environment.json.123.tmp').touch()
+    for o in files: shutil.copy(run_file(whole.path, o), run_file(run, o))
+    assert_same_runs(train(r, image_folder, run), whole)
+    with pytest.raises(ValueError, match='already exists'): train(r, image_folder, run)
+    (tmp_path/'mine').mkdir(), shutil.copy(run/'recipe.toml', tmp_path/'mine'), (tmp_path/'mine'/'notes.txt').touch()
+    with pytest.raises(ValueError, match='already exists'): train(r, image_folder, tmp_path/'mine')
+    (tmp_path/'mine'/'notes.txt').unlink()
+    with pytest.raises(ValueError, match='already exists'): train(replace(r, lr=.5), image_folder, tmp_path/'mine')

@@ -211,7 +211,7 @@ def test_every_error_is_one_line(error, code, words, image_folder, monkeypatch, 
 
 
 @pytest.mark.parametrize('words, what', [(['train', '--colour'], 'No such option'), (['predict'], 'Missing argument'), (['tarin'], 'No such command'),
-                                         (['params', '--classes', 'x'], "Invalid value for '--classes'")])
+                                         (['params', '--classes', 'x'], "Invalid value for '--classes', 'x'")])
 def test_words_that_no_command_knows(words, what, capsys):
     line = said(capsys, *words)
     assert what in line and '--help shows what there is' in line

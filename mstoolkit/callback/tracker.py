@@ -298,5 +298,6 @@ class StopOnNaN(Callback):
     def after_train(self):
         "Look at the epoch's smoothed loss."
         if torch.isnan(torch.as_tensor(self.learn.smooth_loss)):
-            bits = '' if 'mixed_precision' not in self.learn.__dict__ else ", or precision fp32 (--precision)"
+            plain = getattr(getattr(self.learn, 'arithmetic', None), 'way', ('fp32',))[0] == 'fp32'
+            bits = '' if plain and 'mixed_precision' not in self.learn.__dict__ else ", or precision fp32 (--precision)"
             raise ValueError(f"the training loss is not a number in epoch {self.epoch+1}: choose a lower lr (--lr){bits}")
