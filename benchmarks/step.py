@@ -17,16 +17,13 @@ from pathlib import Path
 
 import cv2
 import torch
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.all import ImageDataLoaders, RandomResizedCrop, vision_learner
 from heads import batch, make_heads, train_step
 from input import generated
 from machine import machine
-from mstoolkit.callback.speed import Arithmetic
 from mstoolkit.core import keep_freed_memory, write_text
-from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, time_ways, training_step, ways
+from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, rounds_within, time_ways, training_step, ways
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import fit_recipe, recipe_dls, recipe_learner
@@ -117,20 +114,17 @@ def _epochs(o, folder, net, bs, side):
 
 
 def choosing(o):
-    "What the stopwatch costs."
+    "What the stopwatch costs in a training of ten minutes, by the rounds that it is given there."
     rows = []
     for net, bs, side in ('resnet50', 32, 224), ('tf_efficientnet_lite0', 32, 128), ('resnest101e', 16, 224):
         torch.manual_seed(0)
-        ds = [(torch.randn(3, side, side), 0)]*(3*bs)
-        learn = Learner(DataLoaders.from_dsets(ds, ds[:1], bs=bs, device='cpu', num_workers=0), multiscale_model(net, 'gated', 10, pretrained=False),
-                        CrossEntropyLossFlat(), cbs=(cb := Arithmetic(share=1e9)))
-        choose, spent = cb._choose, []
-        def timed(): s = time.perf_counter(); choose(); spent.append(time.perf_counter()-s)
-        cb._choose = timed
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
-        steps = 1000*len(few_images(learn.dls.one_batch()[0]))/bs
-        rows.append(f'| {net}, {bs}, {side} | {spent[0]:.1f} | {spent[0]/600:.1%} | {steps:.0f} |')
-    return '\n'.join(['| network, batch, side | four rounds, s | of ten minutes | spent in fits of at least so many steps |', '|---|---|---|---|', *rows])
+        model, x, can = multiscale_model(net, 'gated', 10, pretrained=False), few_images(torch.randn(bs, 3, side, side)), ways('auto', 'auto', 'cpu')
+        plain = statistics.median(time_ways(training_step(model, x, can[:1]), can[:1], 2)[can[0]])
+        start, rounds = time.perf_counter(), rounds_within(int(600/plain), len(can), .02)
+        took = time_ways(training_step(model, x, can), can, rounds)
+        spent = time.perf_counter() - start
+        rows.append(f'| {net}, {bs}, {side} | {600/plain*len(x)/bs:.0f} | {rounds} | {spent:.1f} | {spent/600:.1%} | {name(fastest(took)) if took else "-"} |')
+    return '\n'.join(['| network, batch, side | plain steps in ten minutes | rounds | s | of ten minutes | chosen |', '|---|---|---|---|---|---|', *rows])
 
 
 TRAINING = """

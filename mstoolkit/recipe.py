@@ -242,7 +242,7 @@ recipes = {r.name: r for r in (
     replace(_mix, name='mix-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k_288', epochs=70),
     Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='none',
            epochs=10, bs=64, lr=5e-3, wd=.05, opt='adamw', schedule='one-cycle', cutmix=0.,
-           plateau_patience=-1, stop_patience=0),
+           plateau_patience=-1, stop_patience=0, precision='fp32'), # the same tour on every machine
 )}
 
 # %% ../nbs/410_recipe.ipynb #a7ce6a68

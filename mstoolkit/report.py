@@ -163,7 +163,8 @@ def _facts(run: Run) -> dict:
     trained = f"{_spread(d['train_per_class'])} training and " if 'train_per_class' in d else ''
     each, started = f'{trained}{_spread(n)} validation images each', e.get('started', '–')
     wait = f", {h.data_wait.mean():.0%} of it waiting for data" if 'data_wait' in h else ''
-    machine = e.get('platform'), e.get('gpu') or e.get('device'), f"{e.get('processors', '?')} threads"
+    machine = (e.get('platform'), e.get('gpu') or e.get('device'), f"{e.get('processors', '?')} threads",
+               e.get('precision'), e.get('memory_format'))
     facts = {'Data': run.source.path, 'Images': images, 'Classes': f"{d.get('classes', len(n))}; {each}",
              'Time': f"{_clock(e.get('seconds', 0))}; {_clock(h.seconds.mean())} an epoch{wait}",
              'Machine': ', '.join(filter(None, machine)), 'Started': started,
