@@ -122,6 +122,12 @@ def in_table(md: str) -> str:
     return escape_tags(' '.join(md.split())).replace('|', '&#124;')
 
 
+def whole_in_tables(md: str, most: int = 28) -> str:
+    "Marks the code in tables that is not to be broken into lines: what is no longer than `most`."
+    def one(m): return m[0] if m[3] or m[1] != '`' or len(m[2]) > most else f'`{m[2]}`{{ .w }}'
+    return prose(md, lambda line: _code.sub(one, line) if line.startswith('|') else line)
+
+
 def code_in_table(code: str) -> str:
     "Code that is safe in a cell of a table."
     if '|' not in code: return f'`{code}`' if code else ''

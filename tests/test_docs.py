@@ -123,18 +123,22 @@ def test_numbers_of_the_landing_page_are_those_of_the_benchmarks():
         assert numbers and all(max(n) in measured for n in numbers), (source[1], numbers)
 
 
+def landing_commands() -> list[str]:
+    "Those of `mstoolkit`, below the line that installs it."
+    block = re.search(r'```sh\n(.*?)```', (ROOT/'docs'/'content'/'index.md').read_text(), re.S)[1]
+    return [o for o in block.strip().splitlines() if o.startswith('mstoolkit ')]
+
+
 def test_commands_of_the_landing_page_exist():
     known = commands.commands(app)
-    block = re.search(r'```sh\n(.*?)```', (ROOT/'docs'/'content'/'index.md').read_text(), re.S)[1]
-    for line in block.strip().splitlines():
+    for line in landing_commands():
         _, name, *args = line.split()
         assert {a for a in args if a.startswith('--')} <= {o for p in known[name].params for o in commands.flags(p)}
 
 
 @pytest.mark.slow
 def test_commands_of_the_landing_page_work(tmp_path):
-    block = re.search(r'```sh\n(.*?)```', (ROOT/'docs'/'content'/'index.md').read_text(), re.S)[1]
-    for line in block.strip().splitlines():
+    for line in landing_commands():
         subprocess.run([Path(sys.executable).with_name('mstoolkit'), *line.split()[1:]], cwd=tmp_path, check=True)
     assert (tmp_path/'prediction.csv').exists()
 
@@ -216,7 +220,7 @@ def test_a_notebook_in_the_right_place_appears_in_the_right_place():
     books = [page('nbs/110_data.image.ipynb', 'data.image'), page('nbs/300_study.ipynb'), page('nbs/900_all.ipynb', 'all'),
              page('nbs/howto/010_resume.ipynb'), page('nbs/index.ipynb'), page('nbs/my_notes/010_x.ipynb'), page('nbs/010_data.core.ipynb', 'data.core')]
     assert [assemble.tab(p) for p in books] == ['reference', 'tutorials', 'reference', 'howto', '', 'my_notes', 'reference']
-    assert [*assemble.rooms([p for p in books if p.module])] == ['', 'data']
+    assert [*assemble.rooms([p for p in books if p.module])] == ['Data', 'Ground', 'More']
     assemble.place_readme(books)
     assert books[4].out == 'start.html' and assemble.tab(books[4]) == 'start'
     books = [page('nbs/index.ipynb'), page('nbs/start/010_install.ipynb')]
