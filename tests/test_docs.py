@@ -86,6 +86,29 @@ def test_every_notebook_has_the_page_its_module_names(site):
     for page in pages_of(site): assert (site/f'{page}.md').is_file(), page
 
 
+def test_copies_in_markdown_are_markdown(site):
+    for f in site.rglob('*.html.md'):
+        bare = re.sub(r'^(`{3,}).*?^\1$|`[^`\n]+`', '', f.read_text(encoding='utf-8'), flags=re.M | re.S)
+        assert not re.findall(r'</?(?:img|pre|code|div|span|b)\b', bare), f.name
+    assert re.search(r'^- \[Fine-tune.*\]\(fine_tune\.html\.md\): ', (site/'tutorials'/'index.html.md').read_text(), re.M)
+
+
+def test_numbers_sort_as_numbers():
+    names = ['tutorials/100_c.ipynb', 'tutorials/20_b.ipynb', 'howto/05_a.ipynb', '110_d.ipynb', '010_e.ipynb']
+    assert sorted(map(Path, names), key=assemble.in_numbers) == [Path(names[i]) for i in (4, 3, 2, 1, 0)]
+
+
+def test_defaults_of_recipe_options_are_on_the_page_of_commands():
+    train = commands.commands(app)['train']
+    told = {p.name: commands.default(p, commands.of_fields(train)) for p in commands.shown(train)}
+    assert (told['backbone'], told['lr'], told['pretrained'], told['weights_file']) == ('`resnest101e`', '`0.0001`', 'on', '')
+
+
+def test_the_page_for_what_is_not_there_loads_nothing(site):
+    h = check.Html((site/'404.html').read_text(encoding='utf-8'))
+    assert not h.files and h.links == [assemble.project().url]
+
+
 def test_index_anchors_of_nbdev_lead_to_entries(site):
     htmls = check.read(site)
     for m in modules:
@@ -189,6 +212,19 @@ def test_names_in_backticks_become_links(links):
                  '`BatchMix`{ .n }', '    `BatchMix`'):
         assert linked(same) == same
     assert linked('`BatchMix`', skip={'BatchMix'}) == '`BatchMix`'
+
+
+def test_names_of_files_become_links_and_titles(links):
+    one, two, mix = links.pages.values()
+    mix.title = 'Mixing'
+    assert links.fix(one, '[030_mix.ipynb](030_mix.ipynb)') == '[Mixing](callback.mix.md)'
+    assert links.link_names(one, '`030_mix.ipynb`') == '[`030_mix.ipynb`](callback.mix.md)'
+    for same in ('`gone.ipynb`', '`../Makefile`', '`mix.py`'): assert links.link_names(one, same) == same
+
+
+def test_short_code_in_tables_stays_whole():
+    md = '| `a-b` | [`c d`](x.md) | `{0}` |\n\n`a-b`'.format('long '*9)
+    assert texts.whole_in_tables(md) == md.replace('`a-b` |', '`a-b`{ .w } |').replace('`c d`', '`c d`{ .w }')
 
 
 @pytest.mark.slow
@@ -316,7 +352,8 @@ def test_pages_in_a_browser(site, served, browser):
 
 
 @pytest.mark.parametrize('query, where', [('BatchMix', 'callback.mix.html'), ('--on-bad', 'commands.html'),
-                                          ('resume', 'resume_run|checkpoint|commands.html')])
+                                          ('resume', 'resume_run|checkpoint|commands.html'), ('no internet', 'no_network'), ('offline', 'no_network'),
+                                          ('proxy', 'no_network'), ('transfer learning', 'fine_tune|no_network')])
 def test_search_finds(served, browser, query, where):
     page = browser.new_page()
     page.add_init_script("const E = Element.prototype, own = E.attachShadow; "
