@@ -3,6 +3,8 @@ import importlib
 import os
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,14 +135,22 @@ def rooms(ps: list[Page]) -> dict[str, list[Page]]:
     return {k: sorted(v, key=lambda p: not p.module.endswith('.core')) for k, v in res.items() if v}
 
 
+def uses(ps: Iterable[Page]) -> Counter:
+    "How often the code of tutorials and how-tos has each word."
+    return Counter(o for p in ps if not p.module for c in p.cells if c.cell_type == 'code'
+                   for o in re.findall(r'\w+', c.source))
+
+
 def reference_page(ps: list[Page], links: Links) -> Page:
-    "Every module by room, every public name with the first line of its docstring."
+    "Every module by room, every public name with the first line of its docstring, the most used ones first."
+    used = uses(links.pages.values())
     at = page('reference.html', 'Reference', 'Every module and every public name, by room')
     def name(p, e):
         told = links.link_names(at, text.in_table(e.doc.partition('\n')[0]), {e.name})
         return [f'[`{e.name}`]({links.to(at, p.md)}#{e.anchor})', told]
     def module(p):
-        names = [name(p, e) for e in links.entries(p).values() if '.' not in e.name]
+        own = [e for e in links.entries(p).values() if '.' not in e.name]
+        names = [name(p, e) for e in sorted(own, key=lambda e: -used[e.name])]
         about = links.link_names(at, text.unlinked(p.subtitle))
         title = f'{links.package}.{p.module}'.replace('_', r'\_') # `__main__` is not a bold "main"
         return text.blocks(f'### [{title}]({links.to(at, p.md)})', about,
@@ -186,7 +196,7 @@ def write_page(p: Page, src: Path, links: Links):
     subtitle = f'<p class="subtitle" markdown="span">{links.prose(p, p.subtitle)}</p>' if p.subtitle else ''
     file = src/p.md
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text.blocks(front(p, links), f'# {p.title}', subtitle, text.whole_in_tables(p.body)) + '\n',
+    file.write_text(text.blocks(front(p, links), f'# {p.title}', subtitle, text.whole_code(p.body)) + '\n',
                     encoding='utf-8')
 
 

@@ -23,7 +23,7 @@ _tags = re.compile(r'</?(?:div|p|pre|details|summary|span|figure|figcaption|b)\b
 _folded = re.compile(r'<details class="src".*?</details>\n*', re.S)
 _front = re.compile(r'\A---\n.*?\n---\n+', re.S)
 _as_text = [ # what pages are written in beside Markdown, and what takes its place
-    (re.compile(r'<a class="card" href="([^"]*\.html)">.*?<b>(.*?)</b><span>(.*?)</span></a>'), r'- [\2](\1.md): \3'),
+    (re.compile(r'<a class="card" href="([^"]*)\.html">.*?<b>(.*?)</b><span>(.*?)</span></a>'), r'- [\2](\1.md): \3'),
     (re.compile(r'<pre\b[^>]*><code>(.*?)</code></pre>', re.S), r'```\n\1\n```'),
     (re.compile(r'<svg\b[^>]*aria-label="([^"]*)".*?</svg>', re.S), r'\1'),
     (re.compile(r'<img\b[^>]*alt="([^"]+)"[^>]*>'), r'\1: '),

@@ -222,9 +222,11 @@ def test_names_of_files_become_links_and_titles(links):
     for same in ('`gone.ipynb`', '`../Makefile`', '`mix.py`'): assert links.link_names(one, same) == same
 
 
-def test_short_code_in_tables_stays_whole():
-    md = '| `a-b` | [`c d`](x.md) | `{0}` |\n\n`a-b`'.format('long '*9)
-    assert texts.whole_in_tables(md) == md.replace('`a-b` |', '`a-b`{ .w } |').replace('`c d`', '`c d`{ .w }')
+def test_short_code_and_options_are_not_broken():
+    assert texts.whole_code('`a-b`, [`c d`](x.md)') == '`a-b`{ .w }, [`c d`{ .w }](x.md)'
+    assert texts.whole_code('`mstoolkit train photos --no-pretrained`') == \
+        '<code>mstoolkit train photos <span class="w">--no-pretrained</span></code>'
+    for same in ('## `a-b`', '`a-b`{ .n }', '```\n`a-b`\n```', f"`{'long '*9}`"): assert texts.whole_code(same) == same
 
 
 @pytest.mark.slow
