@@ -3,6 +3,8 @@ import importlib
 import os
 import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,10 @@ TABS = {
     'howto': ('How-to', 'One task each, for those who know what they want'),
     'explain': ('Explanations', 'Why things are as they are, and how they work inside'),
 }
+
+# Rooms of the reference, what a user calls first coming first: the first of a notebook's three digits, its title.
+ROOMS = {'1': 'Data', '6': 'Learners', '7': 'Train, predict, report', '2': 'Networks', '3': 'Losses and callbacks',
+         '4': 'Recipes and runs', '5': 'Judging', '8': 'Command line', '0': 'Ground'}
 
 
 @dataclass
@@ -64,10 +70,15 @@ def markdown_page(path: Path, out: str, title: str = '', subtitle: str = '') -> 
     return Page(path.relative_to(ROOT), out, title or m[1], subtitle or m[2] or '', body=md[m.end():])
 
 
+def in_numbers(path: Path) -> list[tuple]:
+    "Sorts the numbers of a path as numbers."
+    return [(o == '', int(o or 0), word) for o, word in re.findall(r'(\d*)(\D*)', str(path))]
+
+
 def notebook_pages() -> list[Page]:
-    "A page for each notebook that `proc_nbs` finds, in the order of folder and number."
+    "A page for each notebook that `proc_nbs` finds, in the order of folder and number: 20 before 100."
     folder = notebooks.processed()
-    found = [notebooks.notebook_page(f, folder) for f in sorted(folder.rglob('*.ipynb'))]
+    found = [notebooks.notebook_page(f, folder) for f in sorted(folder.rglob('*.ipynb'), key=in_numbers)]
     for p in found:
         same = [str(o.source) for o in found if o.out == p.out]
         if len(same) > 1: raise DocsError(f"{' and '.join(same)} have the same page, {p.out}: give one another name")
@@ -97,11 +108,11 @@ def tab(p: Page) -> str:
 def page(out: str, title: str, subtitle: str) -> Page: return Page(Path('docs'), out, title, subtitle)
 
 
-def cards(ps: list[Page], at: Page, links: Links) -> str:
+def cards(ps: list[Page], at: Page, links: Links, pictures: bool = True) -> str:
     "Pages as cards: title, subtitle, first picture."
     def card(p):
         pic = ''
-        if p.thumb:
+        if p.thumb and pictures:
             file, kind = links.to(at, os.path.join(p.folder, p.thumb[0])), p.thumb[1]
             pic = f'<span class="pic"><img class="{kind}" src="{file}" alt="" loading="lazy"></span>'
         words = f'<b>{text.inline_html(p.title)}</b><span>{text.inline_html(p.subtitle)}</span>'
@@ -118,25 +129,34 @@ def tab_page(name: str, ps: list[Page], links: Links) -> Page:
 
 
 def rooms(ps: list[Page]) -> dict[str, list[Page]]:
-    "The modules of each room, '' for those at the root, rooms in the order of their first notebook."
-    res = {'': []}
-    for p in ps: res.setdefault(p.module.rpartition('.')[0], []).append(p)
-    return res
+    "The modules of each room, by its title; `data.core` is what a user of `data` calls and comes first."
+    res = {title: [] for title in ROOMS.values()}
+    for p in ps: res.setdefault(ROOMS.get(p.source.name[0], 'More'), []).append(p)
+    return {k: sorted(v, key=lambda p: not p.module.endswith('.core')) for k, v in res.items() if v}
+
+
+def uses(ps: Iterable[Page]) -> Counter:
+    "How often the code of tutorials and how-tos has each word."
+    return Counter(o for p in ps if not p.module for c in p.cells if c.cell_type == 'code'
+                   for o in re.findall(r'\w+', c.source))
 
 
 def reference_page(ps: list[Page], links: Links) -> Page:
-    "Every module by room, every public name with the first line of its docstring."
+    "Every module by room, every public name with the first line of its docstring, the most used ones first."
+    used = uses(links.pages.values())
     at = page('reference.html', 'Reference', 'Every module and every public name, by room')
     def name(p, e):
         told = links.link_names(at, text.in_table(e.doc.partition('\n')[0]), {e.name})
         return [f'[`{e.name}`]({links.to(at, p.md)}#{e.anchor})', told]
     def module(p):
-        names = [name(p, e) for e in links.entries(p).values() if '.' not in e.name]
+        own = [e for e in links.entries(p).values() if '.' not in e.name]
+        names = [name(p, e) for e in sorted(own, key=lambda e: -used[e.name])]
         about = links.link_names(at, text.unlinked(p.subtitle))
-        return text.blocks(f'### [{links.package}.{p.module}]({links.to(at, p.md)})', about,
+        title = f'{links.package}.{p.module}'.replace('_', r'\_') # `__main__` is not a bold "main"
+        return text.blocks(f'### [{title}]({links.to(at, p.md)})', about,
                            text.table(['Name', 'What it is'], names, 'names'))
     for room, ms in rooms(ps).items():
-        if ms: at.body = text.blocks(at.body, f'## {room or links.package}', *map(module, ms))
+        at.body = text.blocks(at.body, f'## {room}', *map(module, ms))
     return at
 
 
@@ -157,9 +177,8 @@ def menu(
     res = [{'Home': 'index.md'}]
     for name, p in tabs.items():
         res.append(item(p) if under[name] == [p] else {p.title: [p.md, *map(item, under[name])]})
-    by_room = rooms(under['reference'])
-    at_root, in_rooms = map(item, by_room.pop('')), [{k: [*map(item, ps)]} for k, ps in by_room.items()]
-    res.append({ref.title: [ref.md, item(cmds), *at_root, *in_rooms]})
+    in_rooms = [{k: [*map(item, ps)]} for k, ps in rooms(under['reference']).items()]
+    res.append({ref.title: [ref.md, item(cmds), *in_rooms]})
     res.append({bench[0].title: [bench[0].md, *map(item, bench[1:])]})
     return res + [*map(item, last)]
 
@@ -177,7 +196,8 @@ def write_page(p: Page, src: Path, links: Links):
     subtitle = f'<p class="subtitle" markdown="span">{links.prose(p, p.subtitle)}</p>' if p.subtitle else ''
     file = src/p.md
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text.blocks(front(p, links), f'# {p.title}', subtitle, p.body) + '\n', encoding='utf-8')
+    file.write_text(text.blocks(front(p, links), f'# {p.title}', subtitle, text.whole_code(p.body)) + '\n',
+                    encoding='utf-8')
 
 
 def write_config(to: Path, p: Project, nav: list):
@@ -233,5 +253,5 @@ def write_bodies(files: list[Page], links: Links):
 
 def write_home(file: Path, ps: list[Page], links: Links):
     "The landing page shows where one can go, and where to start."
-    home, where = file.read_text(encoding='utf-8'), cards(ps, page('index.html', '', ''), links)
+    home, where = file.read_text(encoding='utf-8'), cards(ps, page('index.html', '', ''), links, pictures=False)
     file.write_text(home.replace('{{ tabs }}', where).replace('{{ start }}', ps[0].md), encoding='utf-8')

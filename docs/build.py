@@ -23,6 +23,8 @@ _tags = re.compile(r'</?(?:div|p|pre|details|summary|span|figure|figcaption|b)\b
 _folded = re.compile(r'<details class="src".*?</details>\n*', re.S)
 _front = re.compile(r'\A---\n.*?\n---\n+', re.S)
 _as_text = [ # what pages are written in beside Markdown, and what takes its place
+    (re.compile(r'<a class="card" href="([^"]*)\.html">.*?<b>(.*?)</b><span>(.*?)</span></a>'), r'- [\2](\1.md): \3'),
+    (re.compile(r'<pre\b[^>]*><code>(.*?)</code></pre>', re.S), r'```\n\1\n```'),
     (re.compile(r'<svg\b[^>]*aria-label="([^"]*)".*?</svg>', re.S), r'\1'),
     (re.compile(r'<img\b[^>]*alt="([^"]+)"[^>]*>'), r'\1: '),
     (re.compile(r'<a\b[^>]*href="([^"]*)"[^>]*>(.*?)</a>', re.S), r'[\2](\1)'),
@@ -84,6 +86,13 @@ def write_redirects(site: Path):
         (site/old).write_text(redirect_page(os.path.relpath(new, os.path.dirname(old) or '.')), encoding='utf-8')
 
 
+def write_404(site: Path, p: Project):
+    "The page for what is not there: it loads nothing, so that it looks the same under whatever address it is served."
+    page = (HERE/'theme'/'404.html').read_text(encoding='utf-8')
+    (site/'404.html').write_text(page.replace('{{ title }}', escape(p.title)).replace('{{ url }}', escape(p.url)),
+                                 encoding='utf-8')
+
+
 def build(
     out: Path, # folder of the site; what was there goes when the new one is whole
     work: Path = ROOT/'build'/'docs' # folder for the pages in Markdown
@@ -94,6 +103,7 @@ def build(
     render(work)
     write_twins(work/'src', site)
     write_redirects(site)
+    write_404(site, p)
     (site/'llms.txt').write_text(llms(ps, p), encoding='utf-8')
     (site/'.nojekyll').touch()
     problems = check.problems(site, p.url)

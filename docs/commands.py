@@ -1,7 +1,10 @@
 "The command line as a page: every command, argument and option of the typer app."
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import text
+from mstoolkit.data.sources import DataSource
+from mstoolkit.recipe import load_recipe
 from typer.main import get_command, get_command_name
 
 
@@ -35,16 +38,26 @@ def takes(p) -> str:
     return name if inner is kind else f'{name} …'
 
 
-def default(p) -> str:
+def of_fields(command) -> dict[str, Any]:
+    "What the options that make up a recipe and a data source are without being given: their fields' own values."
+    recipe = next((p.default for p in command.params if p.name == 'recipe'), None)
+    source = {f.name: f.default for f in fields(DataSource) if f.default is not MISSING}
+    return {**source, **(asdict(load_recipe(recipe)) if recipe else {})}
+
+
+def default(p, own: dict[str, Any]) -> str:
+    "The value of a parameter that is not given, as one would type it; '' for none and for a switch that is off."
     if p.required: return 'required'
-    switched_off = getattr(p, 'is_flag', False) and not p.default
-    return '' if p.default is None or switched_off else text.code_in_table(str(p.default))
+    value = own.get(p.name) if p.default is None else p.default
+    if value is None or value == '' or (getattr(p, 'is_flag', False) and p.default is False): return ''
+    if isinstance(value, bool): return 'on' if value else 'off'
+    return text.code_in_table(','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
 
 
-def row(command: str, p) -> list[str]:
+def row(command: str, p, own: dict[str, Any]) -> list[str]:
     names = [p.name.upper()] if is_argument(p) else flags(p)
     name = f'<span id="{anchor(command, p)}"></span>' + '<br>'.join(f'`{o}`{{ .n }}' for o in names)
-    return [name, text.code_in_table(takes(p)), default(p), text.in_table(p.help or '')]
+    return [name, text.code_in_table(takes(p)), default(p, own), text.in_table(p.help or '')]
 
 
 def usage(program: str, name: str, command) -> str:
@@ -55,9 +68,9 @@ def usage(program: str, name: str, command) -> str:
 
 def command_markdown(program: str, name: str, command) -> str:
     "One command: what it does, how it is called, its options by group."
-    groups, head = {}, ['Name', 'Takes', 'Default', 'Meaning']
+    groups, head, own = {}, ['Name', 'Takes', 'Default', 'Meaning'], of_fields(command)
     for p in shown(command):
-        groups.setdefault('Arguments' if is_argument(p) else p.rich_help_panel or 'Options', []).append(row(name, p))
+        groups.setdefault('Arguments' if is_argument(p) else p.rich_help_panel or 'Options', []).append(row(name, p, own))
     tables = [f'**{title}**\n\n' + text.table(head, rows, 'params options') for title, rows in groups.items()]
     call = text.fenced(usage(program, name, command), 'sh')
     return text.blocks(f'## {program} {name} {{ #{name} }}', command.help or '', call, *tables)

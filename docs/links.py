@@ -124,9 +124,15 @@ class Links:
         where = self.names.get(bare) or [o for o in self.names.get(last, []) if o[0].module == module]
         own = next((o for o in where if o[0] is page), None)
         if bare in known and bare == code and not own: return '' # `train` may be a folder or a command
-        if not where: return self.others.get(bare, '')
+        if not where: return self.others.get(bare) or self.file(page, code)
         p, anchor = own or where[0]
         return f'#{anchor}' if own else f'{self.to(page, p.md)}#{anchor}'
+
+    def file(self, page: Page, code: str) -> str:
+        "The address of a file of the repository that `code` names, beside the page's own or, as a path, from the root."
+        if not re.fullmatch(r'[\w/.-]+\.(?:py|md|toml|ipynb|txt|yml|ini|cfg)', code): return ''
+        here = (self.root/page.source.parent/code).is_file() or ('/' in code and (self.root/code).is_file())
+        return self.resolve(page, code) if here else ''
 
     def link_names(self, page: Page, md: str, skip: set[str] = frozenset()) -> str:
         "Make a link of every public name that stands in backticks in the prose of `md`, but those of `skip`."
@@ -141,6 +147,8 @@ class Links:
             if picture and not label.strip():
                 raise DocsError(f"{page.source}: the picture {target!r} has no alternative text: ![what is on it](…)")
             to = self.resolve(page, target)
+            there = self.pages.get((page.source.parent/target).as_posix())
+            if there and label == target: label = there.title # `[heads.md](heads.md)`
             file = Path(os.path.normpath(self.stage/page.folder/to))
             attrs = picture_attrs(file) if picture and ':' not in to else ''
             return f"{'!' if picture else ''}[{label}]({to}{title}){attrs}"

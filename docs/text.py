@@ -122,6 +122,18 @@ def in_table(md: str) -> str:
     return escape_tags(' '.join(md.split())).replace('|', '&#124;')
 
 
+def whole_code(md: str, most: int = 28) -> str:
+    "Marks the code that is not to be broken into lines: what is no longer than `most`, and the options of a command."
+    def one(m):
+        ticks, code, attrs = m.groups()
+        if attrs or ticks != '`': return m[0]
+        if len(code) <= most: return f'`{code}`{{ .w }}'
+        if ' -' not in code or '__' in code or not re.fullmatch(r'[\w\s./=:,+-]+', code): return m[0]
+        option = re.sub(r'(?<=\s)-[\w-]+', r'<span class="w">\g<0></span>', code)
+        return f'<code>{option}</code>'
+    return prose(md, lambda line: _code.sub(one, line), headings=False)
+
+
 def code_in_table(code: str) -> str:
     "Code that is safe in a cell of a table."
     if '|' not in code: return f'`{code}`' if code else ''

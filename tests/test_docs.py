@@ -86,6 +86,29 @@ def test_every_notebook_has_the_page_its_module_names(site):
     for page in pages_of(site): assert (site/f'{page}.md').is_file(), page
 
 
+def test_copies_in_markdown_are_markdown(site):
+    for f in site.rglob('*.html.md'):
+        bare = re.sub(r'^(`{3,}).*?^\1$|`[^`\n]+`', '', f.read_text(encoding='utf-8'), flags=re.M | re.S)
+        assert not re.findall(r'</?(?:img|pre|code|div|span|b)\b', bare), f.name
+    assert re.search(r'^- \[Fine-tune.*\]\(fine_tune\.html\.md\): ', (site/'tutorials'/'index.html.md').read_text(), re.M)
+
+
+def test_numbers_sort_as_numbers():
+    names = ['tutorials/100_c.ipynb', 'tutorials/20_b.ipynb', 'howto/05_a.ipynb', '110_d.ipynb', '010_e.ipynb']
+    assert sorted(map(Path, names), key=assemble.in_numbers) == [Path(names[i]) for i in (4, 3, 2, 1, 0)]
+
+
+def test_defaults_of_recipe_options_are_on_the_page_of_commands():
+    train = commands.commands(app)['train']
+    told = {p.name: commands.default(p, commands.of_fields(train)) for p in commands.shown(train)}
+    assert (told['backbone'], told['lr'], told['pretrained'], told['weights_file']) == ('`resnest101e`', '`0.0001`', 'on', '')
+
+
+def test_the_page_for_what_is_not_there_loads_nothing(site):
+    h = check.Html((site/'404.html').read_text(encoding='utf-8'))
+    assert not h.files and h.links == [assemble.project().url]
+
+
 def test_index_anchors_of_nbdev_lead_to_entries(site):
     htmls = check.read(site)
     for m in modules:
@@ -123,18 +146,22 @@ def test_numbers_of_the_landing_page_are_those_of_the_benchmarks():
         assert numbers and all(max(n) in measured for n in numbers), (source[1], numbers)
 
 
+def landing_commands() -> list[str]:
+    "Those of `mstoolkit`, below the line that installs it."
+    block = re.search(r'```sh\n(.*?)```', (ROOT/'docs'/'content'/'index.md').read_text(), re.S)[1]
+    return [o for o in block.strip().splitlines() if o.startswith('mstoolkit ')]
+
+
 def test_commands_of_the_landing_page_exist():
     known = commands.commands(app)
-    block = re.search(r'```sh\n(.*?)```', (ROOT/'docs'/'content'/'index.md').read_text(), re.S)[1]
-    for line in block.strip().splitlines():
+    for line in landing_commands():
         _, name, *args = line.split()
         assert {a for a in args if a.startswith('--')} <= {o for p in known[name].params for o in commands.flags(p)}
 
 
 @pytest.mark.slow
 def test_commands_of_the_landing_page_work(tmp_path):
-    block = re.search(r'```sh\n(.*?)```', (ROOT/'docs'/'content'/'index.md').read_text(), re.S)[1]
-    for line in block.strip().splitlines():
+    for line in landing_commands():
         subprocess.run([Path(sys.executable).with_name('mstoolkit'), *line.split()[1:]], cwd=tmp_path, check=True)
     assert (tmp_path/'prediction.csv').exists()
 
@@ -187,6 +214,21 @@ def test_names_in_backticks_become_links(links):
     assert linked('`BatchMix`', skip={'BatchMix'}) == '`BatchMix`'
 
 
+def test_names_of_files_become_links_and_titles(links):
+    one, two, mix = links.pages.values()
+    mix.title = 'Mixing'
+    assert links.fix(one, '[030_mix.ipynb](030_mix.ipynb)') == '[Mixing](callback.mix.md)'
+    assert links.link_names(one, '`030_mix.ipynb`') == '[`030_mix.ipynb`](callback.mix.md)'
+    for same in ('`gone.ipynb`', '`../Makefile`', '`mix.py`'): assert links.link_names(one, same) == same
+
+
+def test_short_code_and_options_are_not_broken():
+    assert texts.whole_code('`a-b`, [`c d`](x.md)') == '`a-b`{ .w }, [`c d`{ .w }](x.md)'
+    assert texts.whole_code('`mstoolkit train photos --no-pretrained`') == \
+        '<code>mstoolkit train photos <span class="w">--no-pretrained</span></code>'
+    for same in ('## `a-b`', '`a-b`{ .n }', '```\n`a-b`\n```', f"`{'long '*9}`"): assert texts.whole_code(same) == same
+
+
 @pytest.mark.slow
 def test_a_build_that_fails_says_where_and_leaves_the_old_site(tmp_path):
     copy_sources(tmp_path)
@@ -216,7 +258,7 @@ def test_a_notebook_in_the_right_place_appears_in_the_right_place():
     books = [page('nbs/110_data.image.ipynb', 'data.image'), page('nbs/300_study.ipynb'), page('nbs/900_all.ipynb', 'all'),
              page('nbs/howto/010_resume.ipynb'), page('nbs/index.ipynb'), page('nbs/my_notes/010_x.ipynb'), page('nbs/010_data.core.ipynb', 'data.core')]
     assert [assemble.tab(p) for p in books] == ['reference', 'tutorials', 'reference', 'howto', '', 'my_notes', 'reference']
-    assert [*assemble.rooms([p for p in books if p.module])] == ['', 'data']
+    assert [*assemble.rooms([p for p in books if p.module])] == ['Data', 'Ground', 'More']
     assemble.place_readme(books)
     assert books[4].out == 'start.html' and assemble.tab(books[4]) == 'start'
     books = [page('nbs/index.ipynb'), page('nbs/start/010_install.ipynb')]
@@ -312,7 +354,8 @@ def test_pages_in_a_browser(site, served, browser):
 
 
 @pytest.mark.parametrize('query, where', [('BatchMix', 'callback.mix.html'), ('--on-bad', 'commands.html'),
-                                          ('resume', 'resume_run|checkpoint|commands.html')])
+                                          ('resume', 'resume_run|checkpoint|commands.html'), ('no internet', 'no_network'), ('offline', 'no_network'),
+                                          ('proxy', 'no_network'), ('transfer learning', 'fine_tune|no_network')])
 def test_search_finds(served, browser, query, where):
     page = browser.new_page()
     page.add_init_script("const E = Element.prototype, own = E.attachShadow; "
