@@ -68,7 +68,7 @@ class ModelHeader:
         if foreign := {'weights_file', 'pretrained'} & set(self.config):
             raise ValueError(f"its config asks for {foreign.pop()}: a model file brings its own weights")
         if not all(isinstance(o, str) for o in self.classes): raise ValueError("its class names are not all text")
-        if odd := [o for o in self.classes if not o.strip() or len(o.splitlines()) > 1]: raise ValueError(f"it names a class {odd[0]!r}")
+        if odd := [o for o in self.classes if not o.strip()]: raise ValueError(f"it names a class {odd[0]!r}")
         if self.format < 1: raise ValueError(f"its format is {self.format}")
         if twice := [o for o, n in Counter(self.classes).items() if n > 1]: raise ValueError(f"it names class {twice[0]!r} twice")
         if len(self.classes) != n_out:

@@ -147,8 +147,6 @@ def _scaled(a: np.ndarray, fmt: str|None) -> np.ndarray: # floats from 0 to 1, o
 def _pil_array(im: Image.Image, fmt: str|None) -> np.ndarray: # for `to_rgb`
     "The pixels of a PIL image of any mode."
     if im.mode in ('I;16', 'I;16B', 'I;16L', 'I;16N'):
-        bits = getattr(im, 'tag_v2', {}).get(258, 16) # of a TIFF
-        if bits != 16 and bits != (16,): raise ImageError(f"its pixels have {bits} bits: save it with 8 or 16")
         a, key = np.asarray(im).astype(np.uint16), im.info.get('transparency')
         return a if key is None else np.dstack([a, np.where(a == key, 0, 65535).astype(np.uint16)])
     if im.mode in ('I', 'F'): return _scaled(np.asarray(im), fmt)
@@ -161,6 +159,8 @@ def pil_rgb(
     im: Image.Image # of any mode; the first frame of an animation
 ) -> np.ndarray: # uint8 H×W×3
     "The pixels of a PIL image, turned upright as its EXIF says."
+    bits = getattr(im, 'tag_v2', {}).get(258, 8) # a sample, of a TIFF
+    if im.mode.startswith('I;16') and bits not in (8, 16, (16,)): raise ImageError(f"its pixels have {bits} bits: save it with 8 or 16")
     return to_rgb(_pil_array(ImageOps.exif_transpose(im), im.format))
 
 # %% ../../nbs/110_data.image.ipynb #2e0e3e65
