@@ -542,7 +542,7 @@ def table_cases():
                 except Exception as e:
                     import traceback
                     if not isinstance(e, (ValueError, OSError)): traceback.print_exc()
-                    return _answer(e)
+                    return _answer(e, None)
                 print(list(dls.vocab), len(dls.train_ds), len(dls.valid_ds))
                 return 0
             return run
@@ -706,7 +706,7 @@ def model_cases():
         'a backbone from a folder': (put('config', 'backbone', 'local-dir:/tmp'), 'local-dir'), 'another backbone': (put('config', 'backbone', 'resnet18'), 'resnet18'), 'a giant backbone': (put('config', 'backbone', 'vit_giant_patch14_224'), 'vit_giant|fit'), 'a giant convolutional backbone': (put('config', 'backbone', 'convnext_xxlarge'), 'convnext_xxlarge|fit'), 'head None': (put('config', 'head', None), 'head'), 'another head': (put('config', 'head', 'plain'), 'fit'), 'a head that is none': (put('config', 'head', 'x'), "'x'"),
         'no head': (drop('config', 'head'), 'head'), 'an option more': (put('config', 'evil', 1), 'evil'), 'weights_file': (put('config', 'weights_file', '/etc/passwd'), 'weights_file'), 'pretrained': (put('config', 'pretrained', True), 'pretrained'), 'n_stages 99': (put('config', 'n_stages', 99), '99|stages'), 'n_stages -1': (put('config', 'n_stages', -1), 'stages'), 'in_chans 1': (put('config', 'in_chans', 1), 'mean|fit'), 'in_chans 10**9': (put('config', 'in_chans', 10**9), 'mean'),
         'n_out 10**9': (put('config', 'n_out', 10**9), '3 classes'), 'n_out 2': (put('config', 'n_out', 2), '3 classes'), "n_out '3'": (put('config', 'n_out', '3'), 'classes|outputs'), 'n_out 3.0': (put('config', 'n_out', 3.0), 'n_out|outputs|made'), 'img_size a text': (put('config', 'img_size', 'x'), 'img_size|made'), 'no classes': (drop('classes'), 'classes'), 'classes None': (put('classes', None), 'classes'), 'classes nested': (put('classes', [['a'], 'b', 'c']), 'class'), 'classes of numbers': (put('classes', [0, 1, 2]), 'class'),
-        'a class twice': (put('classes', ['a', 'a', 'b']), "'a' twice"), 'classes of a text': (put('classes', 'abc'), 'classes'), 'a class without a name': (put('classes', ['', 'a', 'b']), "''|class"), 'a class of a line break': (put('classes', ['a\nb', 'b', 'c']), 'class'), 'a class too many': (put('classes', list('abcd')), '4 classes'), 'no config': (drop('config'), 'config'), 'config a list': (put('config', [1]), 'config'), 'a field more': (put('evil', 1), 'evil'), 'format 99': (put('format', 99), 'update'),
+        'a class twice': (put('classes', ['a', 'a', 'b']), "'a' twice"), 'classes of a text': (put('classes', 'abc'), 'classes'), 'a class without a name': (put('classes', ['', 'a', 'b']), "''|class"), 'a class too many': (put('classes', list('abcd')), '4 classes'), 'no config': (drop('config'), 'config'), 'config a list': (put('config', [1]), 'config'), 'a field more': (put('evil', 1), 'evil'), 'format 99': (put('format', 99), 'update'),
         'format a text': (put('format', '1'), 'format|damaged'), 'format 0': (put('format', 0), 'format'), 'format None': (put('format', None), 'damaged|format'), 'metrics a list': (put('metrics', []), 'metrics'), 'a header that is a list': (lambda h: [1, 2], 'damaged'), 'a header that is a number': (lambda h: 5, 'damaged')}
     for name, (change, says) in headers.items(): add(g, f'{name}: refused', spoil(change), 2, f'm.safetensors.*({says})|({says}).*m.safetensors', see=no_csv, limit=30)
     def some(v, n=1):
@@ -992,7 +992,7 @@ def signal_cases():
     pred = lambda d: (layout(d, *'abcdefgh', n=150), ['predict', READY/'run', d/'data', '--out', d/'p.csv', '--bs', '1'])[1]
     chk = lambda d: (layout(d, *'abcdefgh', n=150), ['check', d/'data'])[1]
     abl = lambda d: ['ablate', READY/'data', '--study', READY/'heads.toml', '--out', d/'study', '--seeds', '2', '--threads', '1', *TINY, '--epochs', '50']
-    for name, args, when in (('predict', pred, lambda d: time.sleep(.5) or True), ('check', chk, lambda d: time.sleep(.5) or True), ('ablate', abl, lambda d: any((d/'study').glob('*/.seed-0/checkpoint/state.pt')))):
+    for name, args, when in (('predict', pred, lambda d: time.sleep(.5) or True), ('check', chk, lambda d: time.sleep(.05) or True), ('ablate', abl, lambda d: any((d/'study').glob('*/.seed-0/checkpoint/state.pt')))):
         add(g, f'SIGTERM in {name}', sent(s.SIGTERM, when, args), 143, 'stopped by a signal')
         add(g, f'SIGINT in {name}', sent(s.SIGINT, when, args), 130, 'interrupted')
     add(g, 'SIGINT in ablate says how to go on', sent(s.SIGINT, lambda d: any((d/'study').glob('*/.seed-0/checkpoint/state.pt')), abl), 130, 'same', never='--resume')

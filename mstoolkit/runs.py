@@ -115,10 +115,11 @@ def read_env(
     if not isinstance(env, dict): raise ValueError(f"{str(file)!r} is damaged: it holds no table")
     for k, kind in _env_kinds.items():
         where, _, own = k.rpartition('.')
-        v = (env.get(where, {}) if where else env).get(own)
-        odd = v is not None and (isinstance(v, bool) or not isinstance(v, list if isinstance(kind, list) else kind))
-        if not odd and isinstance(kind, list) and v is not None: odd = not v and own != 'warnings' or any(type(o) is not kind[0] for o in v)
-        if odd or v is None and k in ('data.train', 'data.valid', 'data.classes') and own in env.get('data', {}):
+        there = env.get(where, {}) if where else env
+        if own not in there or own == 'gpu' and there[own] is None: continue
+        v, many = there[own], isinstance(kind, list)
+        odd = isinstance(v, bool) or not isinstance(v, list if many else kind)
+        if odd or many and (any(type(o) is not kind[0] for o in v) or not v and own != 'warnings'):
             raise ValueError(f"{str(file)!r} is damaged: its {k!r} is {str(v)[:40]!r}")
     return env
 

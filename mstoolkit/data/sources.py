@@ -368,6 +368,7 @@ def table_samples(
         hint = f": call {alike[0]!r} {alike[0].strip().lower()!r}" if alike else ''
         raise ValueError(f"the table has no column {' and no '.join(map(repr, missing))}; it has {has}{hint}")
     if 'split' in df: need.append('split')
+    if twice := [c for c in need if list(map(str, df)).count(c) > 1]: raise ValueError(f"the table has two columns {twice[0]!r}")
     if two := [(o, c) for c in need for o in map(str, df) if o != c and o.strip().lower() == c]:
         raise ValueError(f"the table has the columns {two[0][1]!r} and {two[0][0]!r}: rename the one that is not meant")
     for c in need:
