@@ -110,7 +110,7 @@ def _check_tensors(file: Path, header: ModelHeader):
     try:
         with torch.device('meta'): sketch = multiscale_model(**header.config, pretrained=False)
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{str(file)!r} names a network that cannot be made: {e}") from e
+        raise ValueError(f"{str(file)!r} names a network that cannot be made: {' '.join(str(e).split())[:300]}") from e
     want = {k: list(v.shape) for k, v in sketch.state_dict().items()}
     differ = [k for k in {**want, **has} if want.get(k) != has.get(k)]
     if differ:
