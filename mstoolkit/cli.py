@@ -133,6 +133,13 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     resume_run(run, data)
 
 # %% ../nbs/810_cli.ipynb #5d0aa03d
+def _free(out: Path, r: Recipe):
+    "Say at once when a run folder is taken; not by what a run of this recipe has left that was killed at its beginning."
+    if out.is_dir():
+        from mstoolkit.runs import clear_stillborn
+        clear_stillborn(out, r)
+    check_new(out, 'run folder')
+
 def _set_threads(n: int):
     import torch
     torch.set_num_threads(n)
@@ -159,8 +166,8 @@ def train_command(
     if resume: return _resume(resume, data, ctx)
     if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
     r = Recipe.from_dict(recipe_fields, load_recipe(recipe))
-    if out: check_new(out, 'run folder')
     source = _source(data, source_fields)
+    if out: _free(out, r)
     from mstoolkit.train import train as run
     run(r, source, out)
 

@@ -488,6 +488,10 @@ def test_a_run_killed_at_its_beginning_does_not_block_its_name(files, recipe, im
     for o in files: shutil.copy(run_file(whole.path, o), run_file(run, o))
     assert_same_runs(train(r, image_folder, run), whole)
     with pytest.raises(ValueError, match='already exists'): train(r, image_folder, run)
+    shutil.rmtree(run), (run/'checkpoint').mkdir(parents=True)
+    for o in files: shutil.copy(run_file(whole.path, o), run_file(run, o))
+    r.save(tmp_path/'r.toml')
+    assert main(['train', str(image_folder), '--recipe', str(tmp_path/'r.toml'), '--out', str(run)]) == 0
     (tmp_path/'mine').mkdir(), shutil.copy(run/'recipe.toml', tmp_path/'mine'), (tmp_path/'mine'/'notes.txt').touch()
     with pytest.raises(ValueError, match='already exists'): train(r, image_folder, tmp_path/'mine')
     (tmp_path/'mine'/'notes.txt').unlink()
