@@ -71,9 +71,11 @@ def import_plugins(
         file = Path(name).resolve() if name.endswith('.py') else None
         if file and not file.is_file(): raise FileNotFoundError(f"there is no plugin {name!r}")
         place = str(file.parent if file else Path.cwd())
-        if place not in sys.path: sys.path.insert(0, place)
+        if new := place not in sys.path: sys.path.append(place) # last: a file there must not stand for one of Python's
         try: module = importlib.import_module(file.stem if file else name)
-        except (Exception, SystemExit) as e: raise ValueError(f"plugin {name!r} cannot be imported: {type(e).__name__}: {e}") from e
+        except (Exception, SystemExit) as e:
+            if new: sys.path.remove(place)
+            raise ValueError(f"plugin {name!r} cannot be imported: {type(e).__name__}: {e}") from e
         if file and Path(module.__file__ or '').resolve() != file:
             raise ValueError(f"plugin {name!r} is called as another module is ({module.__file__}): give it another name")
         if (own := str(file) if file else name) not in told: told.append(own)

@@ -126,7 +126,7 @@ def read_env(
 # types, and of lists what they hold; a key may be missing
 _env_kinds: dict[str, Any] = {
     'data': dict, 'versions': dict, 'command': list, 'platform': str, 'started': str, 'device': str, 'gpu': str,
-    'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
+    'recipe': dict, 'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
     'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
 
 # %% ../nbs/420_runs.ipynb #593ff148

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,10 +35,10 @@ from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import KeepModel
 from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
-                            write_text)
+                            signals_wait, write_text)
 from .data.check import check_samples
 from .data.core import image_dls
-from .data.sources import DataSource, data_source, left_aside
+from .data.sources import DataSource, class_roots, data_source, left_aside
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
@@ -202,15 +203,17 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume
         result = _fit_into(learn, r, run, cbs, resume)
         write_text(run_file(run, 'preds'), valid_predictions(learn).to_csv(index=False))
         env.update(result)
-        write_env(run, env)
-    except BaseException:
-        if state.exists():
+        with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
+            write_env(run, env)
+            shutil.rmtree(state.parent)
+    except BaseException as e:
+        # what could not even begin would not the next time
+        if state.exists() and (not resume or learn.run_history.rows or isinstance(e, (KeyboardInterrupt, SystemExit))):
             # a study keeps what it has not finished in hidden folders
             how = 'the same mstoolkit ablate' if run.name.startswith('.') else f"mstoolkit train --resume {shlex.quote(str(run))}"
             print(f"stopped; to go on after the last finished epoch: {how}", flush=True)
         elif not learn.run_history.rows and not resume: _take_back(run)
         raise
-    shutil.rmtree(state.parent)
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
           f"{env['seconds']/60:.1f} min", flush=True)
 
@@ -219,12 +222,15 @@ def _take_back(run: Path):
     for f in beginnings(run): f.unlink(missing_ok=True)
 
 # %% ../nbs/710_train.ipynb #e0d0c19f
+def _told(r: Recipe) -> dict: # plain values, of what a resumed run may not change
+    return {f.name: str(getattr(r, f.name)) for f in fields(r) if f.name not in ('name', 'device', 'num_workers')}
+
 def _begin(learn: Learner, r: Recipe, source: DataSource, run: Path) -> dict: # the environment
     "Write down what is to be done, on what."
     _need_space(run, learn)
     r.save(run_file(run, 'recipe'))
     source.kept_in(run).save(run_file(run, 'source'))
-    write_env(run, env := _surroundings(learn.dls))
+    write_env(run, env := _surroundings(learn.dls) | dict(recipe=_told(r)))
     if learn.dls.left_out: write_text(run_file(run, 'left_out'), '\n'.join(learn.dls.left_out.values()))
     return env
 
@@ -241,6 +247,9 @@ def train(
     out = Path(out or free_run_folder(r.name))
     clear_stillborn(out, r)
     check_new(out, 'run folder')
+    if within := next((o for o in class_roots(source) if out.resolve().is_relative_to(o.resolve())), None):
+        raise ValueError(f"the run folder {str(out)!r} would lie among the class folders of {str(within)!r}, and be taken for a class: "
+                         "give another place with out= (--out)")
     learn = _prepare(r, source)
     dls = learn.dls
     with new_folder(out, 'run folder') as run, one_writer(run):
@@ -256,7 +265,9 @@ def train(
 
 # %% ../nbs/710_train.ipynb #7aa62238
 def _check_same(now: dict, was: dict, path: str):
-    "Refuse other data; say what else is not as it was."
+    "Refuse other data or another recipe; say what else is not as it was."
+    if edited := [f'{k} {was["recipe"][k]} then, {v} now' for k, v in now['recipe'].items() if v != was.get('recipe', {}).get(k, v)]:
+        raise ValueError(f"the recipe was edited since the run began: {'; '.join(edited)}; put that back, or train anew")
     if now['data']['digest'] != was['data']['digest']:
         told = "{train:,} training and {valid:,} validation images of {classes} classes"
         then, here = told.format(**was['data']), told.format(**now['data'])
@@ -283,8 +294,11 @@ def resume_run(
         r = load_recipe(run_file(run, 'recipe'))
         source = data_source(run_file(run, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
         clear_leftovers(run)
+        if not Path(source.path).is_dir():
+            raise FileNotFoundError(f"there is no folder {source.path!r}, where the images were: say where they are now "
+                                    f"(mstoolkit train DATA --resume {shlex.quote(str(run))})")
         learn = _prepare(r, source)
-        now = _surroundings(learn.dls)
+        now = _surroundings(learn.dls) | dict(recipe=_told(r))
         _check_same(now, env, source.path)
         env['resumed'] = [*env.get('resumed', []), now['started']]
         write_env(run, env)

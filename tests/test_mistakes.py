@@ -1,7 +1,9 @@
 "What users' mistakes and odd data end in: a line that says so, never a wrong result without a word; each with its kin."
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from mstoolkit.core import RunError, import_plugins
 from mstoolkit.data.check import check_data, check_samples
 from mstoolkit.data.core import image_dls
 from mstoolkit.data.image import ImageError, read_image
-from mstoolkit.data.sources import (DataSource, Sample, class_names, image_format, left_aside, list_samples, source_samples,
+from mstoolkit.data.sources import (DataSource, Sample, class_names, image_format, left_aside, list_samples, read_classes, source_samples,
                                     table_samples)
 from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run, read_env, read_history, read_study
@@ -279,11 +281,12 @@ def test_a_run_that_is_not_there_is_one_short_line(tmp_path, capsys):
 @pytest.mark.parametrize('where', ['new', 'train'])
 def test_one_level_too_high(where, tmp_path, capsys):
     "A folder whose class folders hold folders alone: which of them are the classes, nobody can know."
+    tmp_path, out = tmp_path/'data', tmp_path/'run'
     for i, (a, b) in enumerate([(where, 'hat'), (where, 'cap'), ('old', 'hat'), ('old', 'cap')]): fill(tmp_path/a/b, 3, 10*i)
     if where == 'train': (tmp_path/'train').rename(tmp_path/'entra\u00eenement')
     with pytest.raises(ValueError, match="they hold only folders: 'cap', 'hat'"): source_samples(tmp_path)
     assert not check_data(tmp_path).ok
-    assert 'hold only folders' in said(capsys, 'train', tmp_path, '--no-pretrained', '--backbone', 'test_resnet', '--out', tmp_path/'run')
+    assert 'hold only folders' in said(capsys, 'train', tmp_path, '--no-pretrained', '--backbone', 'test_resnet', '--out', out)
     fill(tmp_path/'direct', 3, 90)  # folders within some classes are nobody's business
     assert len(source_samples(tmp_path)[0]) == 15
 
@@ -415,7 +418,8 @@ def test_a_head_of_ones_own_from_the_command_line(as_file, image_folder, tmp_pat
     name = f'my_heads_{as_file}'
     (tmp_path/f'{name}.py').write_text(_plugin.format(name))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('MSTOOLKIT_PLUGINS', raising=False)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    monkeypatch.setenv('MSTOOLKIT_PLUGINS', '')
     plugin = ['--plugin', f'{name}.py' if as_file else name]
     assert main(['train', str(image_folder), '--out', 'run', *tiny_options, '--head', name, *plugin]) == 0
     run = [sys.executable, '-m', 'mstoolkit', 'predict', 'run', str(image_folder/'test'), '--num-workers', '0']
@@ -430,6 +434,7 @@ def test_a_head_of_ones_own_from_the_command_line(as_file, image_folder, tmp_pat
                                          ('broken.py', 'cannot be imported: ZeroDivisionError'), ('json.py', 'is called as another module')])
 def test_bad_plugins(plugin, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
     (tmp_path/'broken.py').write_text('1/0'), (tmp_path/'json.py').touch()
     with pytest.raises((ValueError, FileNotFoundError), match=why): import_plugins([plugin])
 
@@ -440,3 +445,68 @@ def test_threads(image_folder, tmp_path, tiny_options):
         assert main(['train', str(image_folder), '--out', str(tmp_path/'run'), *tiny_options, '--threads', '3']) == 0
         assert read_env(tmp_path/'run')['processors'] == 3
     finally: torch.set_num_threads(before)
+
+
+# what half an hour of breaking it found
+
+@pytest.mark.parametrize('column, cells', [('Split', ['train', 'train', 'test']), ('set', ['train', 'val', 'test']), ('is_valid', ['0', '0', '1'])])
+def test_a_column_that_means_split_is_not_passed_over(column, cells, tmp_path):
+    df = pd.DataFrame({'path': list('abc'), 'label': list('xyx'), column: cells})
+    with pytest.raises(ValueError, match=f"column '{column}' of the table says what is held out"): table_samples(df, tmp_path)
+    assert len(table_samples(df.rename(columns={column: 'other'}).assign(other=list('uvw')), tmp_path)[0]) == 3
+
+
+@pytest.mark.parametrize('inside', ['runs/x', 'a/run'])
+def test_a_run_folder_does_not_become_a_class(inside, tmp_path, tiny_options, capsys):
+    fill(tmp_path/'a', 4), fill(tmp_path/'b', 4, 10)
+    assert 'would lie among the class folders' in said(capsys, 'train', tmp_path, '--out', tmp_path/inside, *tiny_options)
+    fill(tmp_path/'d'/'train'/'a', 4), fill(tmp_path/'d'/'train'/'b', 4, 10)
+    assert main(['train', str(tmp_path/'d'), '--out', str(tmp_path/'d'/'runs'/'x'), *tiny_options]) == 0
+
+
+@pytest.mark.parametrize('name, text, why', [
+    ('c.csv', 'cat\ndog\nowl\n', "'cat', was taken for its header"), ('c.csv', 'cat,0\ndog,1\n', "write the header name,number"),
+    ('c.txt', '0 cat\n1 dog\n', 'hold numbers beside names'), ('c.txt', 'cat,1\ndog,2\n', 'hold numbers beside names'), ('c.txt', '\n \n', 'names no class')])
+def test_class_lists_that_would_be_misread(name, text, why, tmp_path):
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match=why): class_names(samples('0', '1'), [], tmp_path/name)
+
+
+def test_a_count_is_no_number_of_a_class(tmp_path):
+    (tmp_path/'c.csv').write_text('name,count\ncat,812\ndog,344\n')
+    assert read_classes(tmp_path/'c.csv') == ['cat', 'dog']
+    (tmp_path/'c.csv').write_text('name,id\ncat,812\ndog,344\n')
+    assert read_classes(tmp_path/'c.csv') == ['dog', 'cat']
+    with pytest.raises(ValueError, match="names 'cat' twice"): class_names(samples('cat', 'dog'), [], ['cat', 'dog', 'cat'])
+
+
+def test_a_class_folder_that_is_a_dead_link(tmp_path):
+    fill(tmp_path/'a', 3), fill(tmp_path/'b', 3, 10), (tmp_path/'zebra').symlink_to(tmp_path/'gone')
+    with pytest.raises(ValueError, match='zebra.*is a link that leads nowhere'): source_samples(tmp_path)
+
+
+def test_what_may_be_meant_by_a_path_that_leads_nowhere(tmp_path):
+    fill(tmp_path/'i', 2)
+    for path, hint in (('i\\0.png', r'write / for'), ('i/0', "'0.png' is: add the ending"), ('i/9', '9.; `mstoolkit')):
+        df = pd.DataFrame(dict(path=[path, 'i/1.png'], label=['x', 'y']))
+        with pytest.raises(FileNotFoundError, match=hint): source_samples(DataSource(tmp_path, csv=df))
+
+
+def test_a_cache_that_is_cut_off(image_folder):
+    dls = image_dls(image_folder, size=32, bs=8, num_workers=0, cache=True)
+    file = next((image_folder/'.cache').glob('*.pixels'))
+    os.truncate(file, file.stat().st_size//2)
+    with pytest.raises(ValueError, match='cache.*is cut off: remove it'): list(dls.train)
+
+
+def test_a_recipe_that_was_edited_is_no_longer_the_run(image_folder, tmp_path, tiny_options, capsys):
+    from mstoolkit.runs import run_file
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'r'), *tiny_options]) == 0
+    env = read_env(tmp_path/'r')
+    env.pop('epochs')  # as if it had been stopped
+    run_file(tmp_path/'r', 'env').write_text(json.dumps(env))
+    recipe = run_file(tmp_path/'r', 'recipe')
+    recipe.write_text(recipe.read_text().replace('bs = 8', 'bs = 4'))
+    assert "bs 8 then, 4 now; put that back" in said(capsys, 'train', '--resume', tmp_path/'r')
+    shutil.move(image_folder, tmp_path/'moved')
+    assert 'say where they are now (mstoolkit train DATA --resume' in said(capsys, 'train', '--resume', tmp_path/'r')

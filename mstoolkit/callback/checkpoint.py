@@ -135,7 +135,8 @@ def load_checkpoint(
         raise FileNotFoundError(f"there is no checkpoint {str(file)!r}: "
                                 "no epoch had ended, or the training has ended well")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{str(file)!r} is damaged or is no checkpoint") from e
+    except Exception as e: raise ValueError(f"{str(file)!r} is damaged or is no checkpoint: "
+                                            "remove it, and what it belongs to begins anew") from e
     if not isinstance(state, dict) or state.get('format') != 1:
         raise ValueError(f"{str(file)!r} is no checkpoint of this version")
     return state

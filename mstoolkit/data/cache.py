@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from .augment import shrink
@@ -56,7 +57,8 @@ class ImageCache:
         file: str|Path, # the packed file
         files: list[Path] # the image files it holds, in its order
     ):
-        self.file, self._map = Path(file), None
+        self.file = Path(file)
+        self._map: Any = None
         self.at = {os.fspath(f): i for i, f in enumerate(files)}
 
     def __contains__(self, path) -> bool: return os.fspath(path) in self.at
@@ -70,9 +72,13 @@ class ImageCache:
         if self._map is None:
             self._map = np.memmap(self.file, np.uint8, 'r')
             start = len(_magic)
+            if len(self._map) < start+24*len(self): raise _cut_off(self.file)
             self._index = np.frombuffer(self._map[start:start+24*len(self)], '<i8').reshape(-1, 3)
         offset, h, w = self._index[self.at[os.fspath(path)]].tolist()
+        if offset+h*w*3 > len(self._map): raise _cut_off(self.file)
         return np.frombuffer(self._map, np.uint8, h*w*3, offset).reshape(h, w, 3)
+
+def _cut_off(file) -> ValueError: return ValueError(f"the cache {str(file)!r} is cut off: remove it, and it is made anew")
 
 # %% ../../nbs/140_data.cache.ipynb #222c181d
 def _write(out: Path, files: list[Path], side: int):

@@ -7,12 +7,14 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.sources.html.md"""
 # %% auto #0
 __all__ = ['image_suffixes', 'formula_starts', 'split_names', 'kept_files', 'Sample', 'image_format', 'image_files', 'split_of',
            'DataSource', 'data_source', 'class_folders', 'images_in', 'folder_samples', 'split_folder', 'split_folders',
-           'table_samples', 'list_samples', 'left_aside', 'source_samples', 'read_classes', 'listed_classes',
-           'numbered_classes', 'class_names', 'stratified_split', 'fold_split']
+           'table_samples', 'list_samples', 'class_roots', 'left_aside', 'source_samples', 'read_classes',
+           'listed_classes', 'numbered_classes', 'class_names', 'stratified_split', 'fold_split']
 
 # %% ../../nbs/160_data.sources.ipynb #c081d8a5
 import csv as csv_lines
+import glob
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -233,7 +235,11 @@ def class_folders(
     skip: Iterable[str] = () # names of folders that are no classes
 ) -> list[Path]: # in natural order
     "The class folders in a folder; hidden ones are passed over."
-    dirs = [o for o in Path(folder).iterdir() if o.is_dir() and not o.name.startswith('.') and o.name not in skip]
+    shown = [o for o in Path(folder).iterdir() if not o.name.startswith('.') and o.name not in skip]
+    dirs = [o for o in shown if o.is_dir()]
+    for o in shown:
+        if o.is_symlink() and not o.exists() and o.suffix.lower() not in image_suffixes:
+            raise ValueError(f"{str(o)!r} is a link that leads nowhere ({os.readlink(o)!r}): mend or remove it")
     return sorted(dirs, key=natural_key)
 
 def images_in(
@@ -343,6 +349,11 @@ def _read_table(table: str|Path|Table) -> Table:
     except (ValueError, OSError, csv_lines.Error) as e:
         raise ValueError(f"{str(table)!r} cannot be read as a table: {(str(e).splitlines() or [type(e).__name__])[0][:200]}") from e
 
+def _hint(gone: Path) -> str: # what may be meant by a path that leads nowhere
+    if '\\' in str(gone) and os.path.isfile(str(gone).replace('\\', '/')): return ' (write / for \\)'
+    near = sorted(gone.parent.glob(f'{glob.escape(gone.name)}.*')) if gone.parent.is_dir() else []
+    return f' ({near[0].name!r} is: add the ending)' if near else ''
+
 def _check_files(samples: list[Sample], what: str):
     "Files must be there, and have one label."
     labels: dict = {}
@@ -350,10 +361,16 @@ def _check_files(samples: list[Sample], what: str):
         if (was := labels.setdefault(os.path.abspath(s.path), s.label)) != s.label: # however its path is written
             raise ValueError(f"{what} gives {str(s.path)!r} two labels, {was!r} and {s.label!r}: keep one")
     if gone := [s.path for s in samples if not os.path.isfile(s.path)]:
-        raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}; "
+        raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}{_hint(gone[0])}; "
                                 "`mstoolkit check` lists all")
 
 # %% ../../nbs/160_data.sources.ipynb #e2abe6c0
+def _split_column(df: Table) -> str: # the column that means what 'split' does; '' where there is none
+    for c in map(str, df):
+        if c.strip().lower() in ('split', 'is_valid', 'is_train', 'is_test', 'is_val'): return c
+        if c not in ('path', 'label') and len(df) and all(split_of(o) for o in df[c]): return c
+    return ''
+
 def table_samples(
     table: str|Path|Table, # CSV, TSV or Parquet file, or DataFrame, with columns path and label, and split if you like
     root: str|Path, # what relative paths are relative to
@@ -367,6 +384,9 @@ def table_samples(
         alike = [o for o in has if o.strip().lower() in missing]
         hint = f": call {alike[0]!r} {alike[0].strip().lower()!r}" if alike else ''
         raise ValueError(f"the table has no column {' and no '.join(map(repr, missing))}; it has {has}{hint}")
+    if 'split' not in df and (named := _split_column(df)):
+        raise ValueError(f"column {named!r} of the table says what is held out, and is not read: call it 'split', with the cells train, "
+                         "valid and test, or rename it")
     if 'split' in df: need.append('split')
     if twice := [c for c in need if list(map(str, df)).count(c) > 1]: raise ValueError(f"the table has two columns {twice[0]!r}")
     if two := [(o, c) for c in need for o in map(str, df) if o != c and o.strip().lower() == c]:
@@ -426,6 +446,17 @@ def _listed(
     what = ' and '.join(o for o in (source.train, source.valid) if o != 'none')
     return list_samples(source.file('train'), source.path), list_samples(valid, source.path) if valid else [], what
 
+def class_roots(
+    source: DataSource|str|Path # the data
+) -> list[Path]: # none where a table or list names the images
+    "The folders whose folders are classes: nothing else may lie in them."
+    source = data_source(source)
+    if source.listed: return []
+    path = Path(source.path)
+    named = [path/o for o in (source.train, source.valid) if (path/o).is_dir()]
+    held = [o for o in class_folders(path) if split_of(o.name)]
+    return [*named, *held] if named or any(split_of(o.name) == 'train' for o in held) else [path]
+
 def left_aside(
     source: DataSource|str|Path # the data
 ) -> str: # '24 rows of the test split', "folder 'test'"; '' where there is none
@@ -482,12 +513,25 @@ def read_classes(
     twice = [o for o, n in Counter(names).items() if n > 1]
     if twice: raise ValueError(f"{file} names class {twice[0]!r} twice")
     if not names: raise ValueError(f"{str(file)!r} names no class")
+    led = [re.match(r'(\d+)[\s,;:]+\S', o) for o in names]
+    tailed = [re.search(r'\S\s*[,;]\s*(\d+)$', o) for o in names]
+    for found in (led, tailed):
+        if all(found) and sorted(int(o[1]) for o in found if o) in (list(range(len(names))), list(range(1, len(names)+1))):
+            raise ValueError(f"the lines of {str(file)!r} hold numbers beside names, such as {names[0]!r}: save it as CSV with the header "
+                             "name,number, or leave the names alone")
     return names
+
+_class_headers = 'name', 'names', 'class', 'classes', 'label', 'labels', 'category', 'class_name', 'classname', 'class name'
+_number_headers = 'number', 'id', 'index', 'idx', 'no', 'nr', 'class', 'label', 'class_id', 'label_id', 'classid', 'code'
 
 def _is_table(file: str|Path) -> bool: return Path(file).suffix.lower() in ('.csv', '.tsv')
 
 def _class_table(file: str|Path) -> Table: # of a class list in CSV: first the names, then, if there are any, their numbers
     df = _read_table(file)
+    head = [str(o).strip().lower() for o in df]
+    if len(head) > 1 and head[1].isdecimal() or len(head) == 1 and head[0] not in _class_headers:
+        raise ValueError(f"the first line of {str(file)!r}, {','.join(map(str, df))!r}, was taken for its header: write the header "
+                         f"{'name,number' if len(head) > 1 else 'name'} above the classes, or save a list without one as .txt")
     if df.shape[1] > 1 and _all_numbers(df.iloc[:, 0]) and not _all_numbers(df.iloc[:, 1]): df = df.iloc[:, [1, 0]]
     if df.iloc[:, 0].isna().any(): raise ValueError(f"{str(file)!r} has a row without a class name")
     return df
@@ -497,6 +541,9 @@ def _all_numbers(column) -> bool: return bool(column.str.fullmatch(r'\d{1,9}').f
 def _has_numbers(df: Table) -> bool: # whether the second column of a class list numbers the first
     if df.shape[1] < 2 or not len(df) or not _all_numbers(df.iloc[:, 1]): return False
     numbers = df.iloc[:, 1].astype(int)
+    in_turn = sorted(numbers) in (list(range(len(df))), list(range(1, len(df)+1)))
+    # 812 images are no number of a class
+    if not in_turn and str(list(df)[1]).strip().lower() not in _number_headers: return False
     if numbers.duplicated().any():
         raise ValueError(f"the class list gives number {numbers[numbers.duplicated()].iloc[0]} to two classes")
     return True
@@ -506,7 +553,10 @@ def listed_classes(
 ) -> list[str]|None: # `None`: none are given
     "The class names that are given, whichever way."
     if classes is None or classes == '': return None
-    return read_classes(classes) if isinstance(classes, (str, Path)) else [str(o) for o in classes]
+    if isinstance(classes, (str, Path)): return read_classes(classes)
+    names = [str(o) for o in classes]
+    if twice := [o for o, n in Counter(names).items() if n > 1]: raise ValueError(f"the list of classes names {twice[0]!r} twice")
+    return names
 
 # %% ../../nbs/160_data.sources.ipynb #3c77c030
 def numbered_classes(
