@@ -799,7 +799,7 @@ def run_cases():
     for name, (change, code) in toml.items():
         add(g, f'recipe.toml, {name}: --resume', edited('stopped', 'recipe.toml', change, *res), code, 'recipe.toml' if code == 2 and 'size' not in name else '')
         add(g, f'recipe.toml, {name}: train --recipe', edited('run', 'recipe.toml', change, 'train', READY_, '--recipe', '{}/recipe.toml', '--out', '{d}/run2', *[o for o in TINY if o not in ('--size', '32', '--bs', '8')], *(['--size', '32'] if 'size' not in name else []), '--bs', '8'), code if code == 2 else (0, 2), 'recipe.toml' if code == 2 and 'size' not in name else '')
-    for bad in ('../../x', '/tmp/x', 'a/b', '..', '.', '', ' ', 'a\\\\b', 'C:x', 'a\\nb', 'a\\u0000b', 'x'*300, '~', '-x'):
+    for bad in ('../../x', '/srv/x', 'a/b', '..', '.', '', ' ', 'a\\\\b', 'C:x', 'a\\nb', 'a\\u0000b', 'x'*300, '~', '-x'):
         def do(d, bad=bad):
             (d/'r.toml').write_text(f'name = "{bad}"\n')
             return ['train', READY/'data', '--recipe', d/'r.toml', *TINY]
