@@ -26,6 +26,7 @@ from mstoolkit.data.core import image_dls
 from mstoolkit.data.image import ImageError, read_image
 from mstoolkit.data.sources import (DataSource, Sample, class_names, image_format, left_aside, list_samples, read_classes, source_samples,
                                     table_samples)
+from mstoolkit.models.fusion import heads
 from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run, read_env, read_history, read_study
 from PIL import Image
@@ -428,6 +429,7 @@ def test_a_head_of_ones_own_from_the_command_line(as_file, image_folder, tmp_pat
     assert without.returncode == 2 and f"unknown head '{name}'" in without.stderr and '--plugin' in without.stderr
     assert subprocess.run([*run, *plugin], env=env).returncode == 0
     assert os.environ['MSTOOLKIT_PLUGINS']  # what a study's processes import
+    del heads[name]  # for the tests that follow
 
 
 @pytest.mark.parametrize('plugin, why', [('nothing_called_so', 'cannot be imported: ModuleNotFoundError'), ('no.py', 'there is no plugin'),
