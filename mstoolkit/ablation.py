@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -132,15 +131,11 @@ def run_job(
 # %% ../nbs/740_ablation.ipynb #a81457e4
 # bound to its parent before torch is imported, which takes seconds
 _program = ('import sys; from mstoolkit.core import end_with_parent; end_with_parent(int(sys.argv[1])); '
-            'from mstoolkit.ablation import _run_below; _run_below(*sys.argv[1:])')
+            'from mstoolkit.ablation import _run_below; _run_below(*sys.argv[2:])')
 
-def _run_below(parent: str, folder: str, recipe: str, source: str, threads: str):
-    "`run_job` in a process that ends when its parent has ended, even where that was killed."
+def _run_below(folder: str, recipe: str, source: str, threads: str):
+    "`run_job` in a process of its own."
     import_plugins()
-    def watch():
-        while os.getppid() == int(parent): time.sleep(.5)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
     run_job(folder, recipe, source, int(threads))
 
 def _start(job: Job, source: Path, threads: int, gpu: str|None = None) -> subprocess.Popen:

@@ -253,8 +253,13 @@ def pick_device(
 def end_with_parent(
     parent: int # process that this one works for
 ):
-    "Have this process ended when its parent ends, and end it now if that has happened already (Linux; elsewhere nothing)."
-    if sys.platform != 'linux': return
+    "Have this process ended when its parent ends, and end it now if that has happened already."
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    if sys.platform != 'linux': # no system else tells of it
+        threading.Thread(target=watch, daemon=True).start()
+        return
     die, death = 1, 9 # PR_SET_PDEATHSIG, SIGKILL
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(die, death)
     if os.getppid() != parent: os._exit(1)

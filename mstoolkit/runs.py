@@ -192,7 +192,8 @@ def clear_stillborn(
         if file.is_file() and load_recipe(file) != recipe: return
     except ValueError: return # cut off, or somebody's own
     with one_writer(run): # nobody is at it
-        for f in [*beginnings(run), *run.glob('.*.tmp')]: f.unlink(missing_ok=True)
+        clear_leftovers(run)
+        for f in beginnings(run): f.unlink(missing_ok=True)
 
 def clear_leftovers(
     run: str|Path # a run folder

@@ -227,7 +227,7 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path):
     code = ('import os, subprocess, sys, time; p = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())]); '
             'print(p.pid, flush=True); time.sleep(60)')
     child = ('import sys, time; from mstoolkit import ablation; ablation.run_job = lambda *_: time.sleep(60); '
-             'ablation._run_below(sys.argv[1], *"abc", 1)')
+             'sys.argv[2:] = [*"abc", 1]; exec(ablation._program)')
     p = subprocess.Popen([sys.executable, '-c', code, child], stdout=subprocess.PIPE, text=True)
     with p.stdout:
         assert alive(int(p.stdout.readline()))

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from ..core import counted, natural_key, track
 from .image import ImageError, ImageHeader, bad_kinds, decode_all, decode_image, image_header, read_image
-from .sources import (DataSource, Sample, class_folders, class_names, data_source, formula_starts, image_format, image_suffixes, images_in,
+from .sources import (DataSource, Sample, class_folders, class_names, data_source, formula_starts, holds_image, image_suffixes, images_in,
                                     listed_classes, numbered_classes, source_samples, split_of)
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
@@ -158,11 +158,6 @@ def _loose_findings(path: Path):
             yield Finding('warning', 'loose', f"{n} in no class folder, beside them: not trained on", loose)
         return
 
-def _looks_like_image(path: str) -> bool:
-    try:
-        with open(path, 'rb') as f: return image_format(f.read(64)) is not None
-    except OSError: return False
-
 def _stray_findings(entries: list[Entry]):
     "Files beside the images that are taken for none, by ending; those that begin as an image does are told apart."
     strays = defaultdict(list)
@@ -171,7 +166,7 @@ def _stray_findings(entries: list[Entry]):
         for o in os.scandir(d):
             end = os.path.splitext(o.name)[1]
             if o.is_file() and not o.name.startswith('.') and end and end.lower() not in image_suffixes:
-                strays[_looks_like_image(o.path)].append(o.path)
+                strays[holds_image(o.path)].append(o.path)
     for images, files in strays.items():
         ends = Counter(os.path.splitext(o)[1] for o in files)
         text = f"{counted(len(files), 'file')} passed over for the ending: " + ', '.join(f'{n:,} {o}' for o, n in ends.most_common(8))

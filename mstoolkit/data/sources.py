@@ -67,6 +67,14 @@ def image_format(
     return next((f for magic, f in _magic if head.startswith(magic)), None)
 
 # %% ../../nbs/160_data.sources.ipynb #4473b8ae
+def holds_image(
+    path: str|Path # a file, whatever it is called
+) -> bool: # no, where it cannot be read
+    "Whether a file begins as an image does."
+    try:
+        with open(path, 'rb') as f: return image_format(f.read(64)) is not None
+    except OSError: return False
+
 def _is_image(
     folder: str, # where
     name: str # a file in it
@@ -74,9 +82,7 @@ def _is_image(
     "By its ending; a name without one is judged by the first bytes."
     ext = os.path.splitext(name)[1].lower()
     if ext or name.startswith('.'): return ext in image_suffixes and not name.startswith('.')
-    try:
-        with open(os.path.join(folder, name), 'rb') as f: return image_format(f.read(64)) is not None
-    except OSError: return False
+    return holds_image(os.path.join(folder, name))
 
 # %% ../../nbs/160_data.sources.ipynb #2d763e8c
 def image_files(
@@ -318,15 +324,12 @@ def split_folders(
     return folder_samples(path, [o.name for o in class_folders(path) if split_of(o.name)]), []
 
 # %% ../../nbs/160_data.sources.ipynb #f16e0207
+def _repeated(names: Iterable[str]) -> list[str]: return [o for o, n in Counter(names).items() if n > 1]
+
 def _read_text(file: str|Path) -> str:
     try: return Path(file).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f"{str(file)!r} is not UTF-8: save it as such (a spreadsheet calls it CSV UTF-8)") from e
-
-def _separator(table: Path, text: str) -> str: # ',', ';' or a tab
-    "What a table's header says: spreadsheets of half the world write semicolons, and tabs where they were pasted from."
-    head = text.partition('\n')[0]
-    return '\t' if table.suffix == '.tsv' else next((o for o in ',;\t' if o in head), ',')
 
 def _read_table(table: str|Path|Table) -> Table:
     "Any of the forms of a table, all cells as text."
@@ -340,9 +343,11 @@ def _read_table(table: str|Path|Table) -> Table:
     text = '' if parquet else _read_text(table)
     try:
         if parquet: return pd.read_parquet(table)
-        head, sep = text.partition('\n')[0], _separator(table, text)
+        head = text.partition('\n')[0]
+        # spreadsheets of half the world write semicolons, and tabs where they were pasted from
+        sep = '\t' if table.suffix == '.tsv' else next((o for o in ',;\t' if o in head), ',')
         names = [o.strip() for o in next(csv_lines.reader([head.strip()], delimiter=sep), [])]
-        if twice := [o for o, n in Counter(names).items() if n > 1 and o]: raise ValueError(f"it has two columns {twice[0]!r}")
+        if twice := _repeated(filter(None, names)): raise ValueError(f"it has two columns {twice[0]!r}")
         if len(names) > 1000: raise ValueError(f"it has {len(names):,} columns")
         return pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, na_values=[''], sep=sep, skipinitialspace=True)
     except ImportError as e: raise ValueError(f"reading {table.name} needs a package more: pip install pyarrow") from e
@@ -388,7 +393,7 @@ def table_samples(
         raise ValueError(f"column {named!r} of the table says what is held out, and is not read: call it 'split', with the cells train, "
                          "valid and test, or rename it")
     if 'split' in df: need.append('split')
-    if twice := [c for c in need if list(map(str, df)).count(c) > 1]: raise ValueError(f"the table has two columns {twice[0]!r}")
+    if twice := [c for c in need if c in _repeated(map(str, df))]: raise ValueError(f"the table has two columns {twice[0]!r}")
     if two := [(o, c) for c in need for o in map(str, df) if o != c and o.strip().lower() == c]:
         raise ValueError(f"the table has the columns {two[0][1]!r} and {two[0][0]!r}: rename the one that is not meant")
     for c in need:
@@ -510,19 +515,22 @@ def read_classes(
         df = _class_table(file)
         if _has_numbers(df): df = df.iloc[df.iloc[:, 1].astype(int).argsort(kind='stable')]
         names = [o.strip() for o in df.iloc[:, 0]]
-    twice = [o for o, n in Counter(names).items() if n > 1]
-    if twice: raise ValueError(f"{file} names class {twice[0]!r} twice")
+    if twice := _repeated(names): raise ValueError(f"{file} names class {twice[0]!r} twice")
     if not names: raise ValueError(f"{str(file)!r} names no class")
     led = [re.match(r'(\d+)[\s,;:]+\S', o) for o in names]
     tailed = [re.search(r'\S\s*[,;]\s*(\d+)$', o) for o in names]
     for found in (led, tailed):
-        if all(found) and sorted(int(o[1]) for o in found if o) in (list(range(len(names))), list(range(1, len(names)+1))):
+        if all(found) and _in_turn(int(o[1]) for o in found if o):
             raise ValueError(f"the lines of {str(file)!r} hold numbers beside names, such as {names[0]!r}: save it as CSV with the header "
                              "name,number, or leave the names alone")
     return names
 
 _class_headers = 'name', 'names', 'class', 'classes', 'label', 'labels', 'category', 'class_name', 'classname', 'class name'
 _number_headers = 'number', 'id', 'index', 'idx', 'no', 'nr', 'class', 'label', 'class_id', 'label_id', 'classid', 'code'
+
+def _in_turn(numbers: Iterable[int]) -> bool: # from 0 or from 1, none left out
+    found = sorted(numbers)
+    return found in (list(range(len(found))), list(range(1, len(found)+1)))
 
 def _is_table(file: str|Path) -> bool: return Path(file).suffix.lower() in ('.csv', '.tsv')
 
@@ -541,9 +549,8 @@ def _all_numbers(column) -> bool: return bool(column.str.fullmatch(r'\d{1,9}').f
 def _has_numbers(df: Table) -> bool: # whether the second column of a class list numbers the first
     if df.shape[1] < 2 or not len(df) or not _all_numbers(df.iloc[:, 1]): return False
     numbers = df.iloc[:, 1].astype(int)
-    in_turn = sorted(numbers) in (list(range(len(df))), list(range(1, len(df)+1)))
     # 812 images are no number of a class
-    if not in_turn and str(list(df)[1]).strip().lower() not in _number_headers: return False
+    if not _in_turn(numbers) and str(list(df)[1]).strip().lower() not in _number_headers: return False
     if numbers.duplicated().any():
         raise ValueError(f"the class list gives number {numbers[numbers.duplicated()].iloc[0]} to two classes")
     return True
@@ -555,7 +562,7 @@ def listed_classes(
     if classes is None or classes == '': return None
     if isinstance(classes, (str, Path)): return read_classes(classes)
     names = [str(o) for o in classes]
-    if twice := [o for o, n in Counter(names).items() if n > 1]: raise ValueError(f"the list of classes names {twice[0]!r} twice")
+    if twice := _repeated(names): raise ValueError(f"the list of classes names {twice[0]!r} twice")
     return names
 
 # %% ../../nbs/160_data.sources.ipynb #3c77c030
