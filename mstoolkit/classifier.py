@@ -27,7 +27,7 @@ from torch import nn
 from . import __version__
 from .callback.tracker import KeepBest
 from .core import atomic_path, choice, keep_freed_memory
-from .data.core import NormalizeUint8, get_stats, image_loader, input_size
+from .data.core import NormalizeUint8, get_stats, image_loader, valid_size
 from .data.workers import end_loader, start_loader, worker_deaths
 from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
                                          time_ways, told, ways)
@@ -133,7 +133,7 @@ class Classifier:
         "The classifier a learner has trained; the network is shared, not copied."
         mean, std = get_stats(learn.dls)
         header = ModelHeader(config=learn.model.config, classes=[str(o) for o in learn.dls.vocab],
-                             size=input_size(learn.dls), mean=tuple(mean), std=tuple(std), metrics=metrics or {})
+                             size=valid_size(learn.dls), mean=tuple(mean), std=tuple(std), metrics=metrics or {})
         return cls(learn.model, header)
 
     def save(self,

@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import RunError, check_new, counted, import_plugins, share_processors, write_text
+from .core import RunError, check_new, counted, import_plugins, process_age, share_processors, write_text
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
@@ -123,14 +123,15 @@ _data_help = "folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…
 # %% ../nbs/810_cli.ipynb #1988272b
 def _resume(run: Path, data: Path|None, ctx: typer.Context):
     "Go on with a stopped run, which knows its options; DATA only says where its images are now."
-    given = [k for k in ctx.params if k not in ('data', 'resume', 'threads') and ctx.get_parameter_source(k).name == 'COMMANDLINE']
+    own = 'data', 'resume', 'threads', 'minutes'
+    given = [k for k in ctx.params if k not in own and ctx.get_parameter_source(k).name == 'COMMANDLINE']
     if given:
         flag = given[0].replace('_', '-')
         raise ValueError(f"--resume goes on with the options of the run itself: leave out --{flag}")
     _folder(run)
     if data: _folder(data)
     from mstoolkit.train import resume_run
-    resume_run(run, data)
+    resume_run(run, data, minutes=ctx.params.get('minutes'), spent=process_age())
 
 # %% ../nbs/810_cli.ipynb #5d0aa03d
 def _free(out: Path, r: Recipe):
@@ -169,7 +170,7 @@ def train_command(
     source = _source(data, source_fields)
     if out: _free(out, r)
     from mstoolkit.train import train as run
-    run(r, source, out)
+    run(r, source, out, spent=process_age())
 
 # %% ../nbs/810_cli.ipynb #54fa1aee
 @app.command()

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
            'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'end_with_parent',
-           'keep_freed_memory', 'cpu_quota', 'share_processors', 'others_at_work']
+           'keep_freed_memory', 'cpu_quota', 'share_processors', 'others_at_work', 'process_age']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -304,3 +304,13 @@ def others_at_work(
             seen.append(running())
     except (OSError, ValueError, IndexError): return 0.
     return sum(seen)/len(seen)
+
+# %% ../nbs/010_core.ipynb #74e90bbb
+def process_age() -> float: # seconds
+    "How long this process has been running; where the system does not say, since this module was imported."
+    try:
+        with open('/proc/self/stat') as f: ticks = int(f.read().rpartition(')')[2].split()[19])
+        return max(0., time.clock_gettime(time.CLOCK_BOOTTIME) - ticks/os.sysconf('SC_CLK_TCK'))
+    except (OSError, ValueError, AttributeError): return time.perf_counter() - _imported
+
+_imported = time.perf_counter()

@@ -9,6 +9,7 @@ __all__ = ['PlainT', 'recipes', 'option', 'PlainData', 'read_toml', 'Recipe', 'l
 
 # %% ../nbs/410_recipe.ipynb #1b425d67
 import math
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -153,18 +154,25 @@ class Recipe(PlainData):
     pretrained:bool = option(True, bool, 'Model', "start from pretrained weights")
     weights_file:str = option('', str, 'Model',
                               "local file with the backbone's pretrained weights, instead of a download")
+    timm:list = option((), list, 'Model', "options of timm's backbone as NAME=VALUE: drop_path_rate=0.1")
     # data
     size:int = option(224, int, 'Data', "side of the square images the model sees, in pixels", lo=8, hi=4096)
     augment:str = option('light', str, 'Data',
                          "augmentation of the training images: none, light, affine, strong, upright or shift")
     num_workers:int = option(-1, int, 'Data', "loader processes; -1 chooses by machine and data", lo=-1, hi=256)
     # training
-    epochs:int = option(100, int, 'Training', "epochs at the most", lo=1)
+    epochs:int = option(100, int, 'Training', "epochs at the most; 0 where minutes decide", lo=0)
+    minutes:float = option(0., float, 'Training', "train for so long in the place of epochs, everything counted; 0: epochs decide", lo=0)
     freeze_epochs:int = option(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
+    freeze_share:float = option(.1, float, 'Training', "the same under minutes: the phase's share of the training time", lo=0, hi=.9)
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
     bs:int = option(32, int, 'Training', "images in a batch", lo=2)
+    accumulate:int = option(1, int, 'Training', "batches whose gradients make one step", lo=1)
+    clip:float = option(0., float, 'Training', "largest norm of a step's gradients; 0 does not clip", lo=0)
     lr:float = option(1e-4, float, 'Training', "peak learning rate", above=0)
+    layer_decay:float = option(1., float, 'Training',
+                               "rate of a stage as a factor of the next deeper one's, the head's being lr", above=0, hi=1)
     wd:float = option(1e-5, float, 'Training', "weight decay", lo=0)
     opt:str = option('adam', str, 'Training', "torch's adam (L2 penalty), adamw (decoupled decay) or sgd (momentum .9)",
                      choices=('adam', 'adamw', 'sgd'))
@@ -182,6 +190,14 @@ class Recipe(PlainData):
     cutmix_alpha:tuple = option(1., tuple, 'Training', "Beta parameter of CutMix, or a range to draw it from", above=0)
     mixup_alpha:tuple = option(.4, tuple, 'Training', "Beta parameter of MixUp, or a range to draw it from", above=0)
     mix_off_epochs:int = option(0, int, 'Training', "last epochs without mixing", lo=0)
+    mix_off_share:float = option(0., float, 'Training', "the same as a share of the training", lo=0, hi=1)
+    ema:float = option(0., float, 'Training',
+                       "average the weights, lagging by this share of the training (0.1), and keep the better; 0: no average",
+                       lo=0, hi=.5)
+    start_size:int = option(0, int, 'Training',
+                            "size of the training images at first, which grows to size; 0: size throughout", lo=0, hi=4096)
+    test_size:int = option(0, int, 'Training',
+                           "size to predict at; -1: the best of some on validation, 0: as trained", lo=-1, hi=4096)
     balance:str = option('none', str, 'Training',
                          "for uneven classes: logit-adjust (the first to try), sampler or weights",
                      choices=('none', 'logit-adjust', 'sampler', 'weights'))
@@ -212,10 +228,58 @@ class Recipe(PlainData):
         if self.cutmix + self.mixup > 1:
             raise ValueError(f"recipe fields 'cutmix' and 'mixup' are {self.cutmix:g} and {self.mixup:g}: "
                              "give shares that sum to 1 or less")
+        self._check_length()
         for n in ('cutmix_alpha', 'mixup_alpha'):
             v = getattr(self, n)
             if isinstance(v, tuple) and v[0] > v[1]:
                 raise ValueError(f"recipe field {n!r} is {v!r}: give the lower end of the range first")
+        if isinstance(self.timm, str): object.__setattr__(self, 'timm', tuple(o for o in self.timm.split(',') if o))
+        if odd := [o for o in self.timm if not re.fullmatch(r'\w+=[^=]+', o)]:
+            raise ValueError(f"recipe field 'timm' has {odd[0]!r}: give NAME=VALUE, such as drop_path_rate=0.1")
+        if self.start_size > self.size:
+            raise ValueError(f"recipe fields 'start_size' and 'size' are {self.start_size} and {self.size}: sizes grow, so start smaller")
+
+    def _check_length(self):
+        "Epochs or minutes, and what goes with which."
+        if self.epochs and self.minutes:
+            raise ValueError(f"recipe fields 'epochs' and 'minutes' are {self.epochs} and {self.minutes:g}: "
+                             "give one of them, and 0 for the other")
+        if not self.epochs and not self.minutes: raise ValueError("recipe fields 'epochs' and 'minutes' are both 0: give one of them")
+        if self.mix_off_epochs and self.mix_off_share:
+            raise ValueError("recipe fields 'mix_off_epochs' and 'mix_off_share' say the same: leave one of them out")
+        if self.minutes and self.mix_off_epochs:
+            raise ValueError("recipe field 'mix_off_epochs' counts epochs, and under minutes there are none: give 'mix_off_share'")
+        if self.minutes and self.schedule == 'warm-restarts':
+            raise ValueError("schedule 'warm-restarts' counts epochs, and under minutes there are none: "
+                             "choose one-cycle, flat-cos, fine-tune or constant")
+
+    @classmethod
+    def from_dict(cls,
+        d: dict, # field names and values; what is missing takes its default
+        base: 'Recipe|None' = None # take missing values from here instead; a field of `d` without effect is an error then
+    ) -> 'Recipe': # checked
+        "Make a recipe from a dict; epochs in the place of minutes, and the other way round, need not say that the other is 0."
+        if d.get('minutes') and 'epochs' not in d: d = {**d, 'epochs': 0}
+        elif d.get('epochs') and base and base.minutes and 'minutes' not in d: d = {**d, 'minutes': 0.}
+        r = super().from_dict(d, base)
+        if base: r._check_effect(d)
+        return r
+
+    def _check_effect(self, given: Iterable[str]):
+        "Refuse a field that was given and changes nothing."
+        mixed, tuned = self.cutmix + self.mixup > 0, self.schedule == 'fine-tune'
+        works = dict(
+            freeze_epochs=(tuned and not self.minutes, "schedule fine-tune and epochs"),
+            freeze_share=(tuned and self.minutes, "schedule fine-tune and minutes"),
+            train_bn=(tuned, "schedule fine-tune"), smoothing=(self.loss == 'smoothed', "loss smoothed"),
+            restart_epochs=(self.schedule == 'warm-restarts', "schedule warm-restarts"),
+            restart_mult=(self.schedule == 'warm-restarts', "schedule warm-restarts"),
+            cutmix_alpha=(self.cutmix > 0, "cutmix above 0"), mixup_alpha=(self.mixup > 0, "mixup above 0"),
+            mix_off_epochs=(mixed, "cutmix or mixup above 0"), mix_off_share=(mixed, "cutmix or mixup above 0"),
+            plateau_factor=(self.plateau_patience >= 0, "plateau_patience of 0 or more"))
+        for k in given:
+            on, what = works.get(k, (True, ''))
+            if not on and getattr(self, k): raise ValueError(f"recipe field {k!r} has no effect here: it works with {what}; leave it out")
 
 # %% ../nbs/410_recipe.ipynb #97e132e8
 def load_recipe(

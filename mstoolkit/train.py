@@ -8,36 +8,42 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 __all__ = ['optimizers', 'losses', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'train', 'resume_run']
 
 # %% ../nbs/710_train.ipynb #d5c02dbd
+import ast
 import hashlib
 import os
 import shlex
 import shutil
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastcore.imports import noop
 
+from .callback.average import EMA
 from .callback.balance import balance_learner, balance_methods, class_counts
+from .callback.budget import Budget
 from .callback.checkpoint import Checkpoint
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
-from .callback.schedule import fit_warm_restarts
+from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
-from .classifier import KeepModel
+from .classifier import Classifier, KeepModel, read_header
 from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
                             signals_wait, write_text)
 from .data.check import check_samples
-from .data.core import image_dls
+from .data.core import image_dls, set_size
 from .data.sources import DataSource, class_roots, data_source, left_aside
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
@@ -69,12 +75,20 @@ def recipe_dls(
     workers = None if r.num_workers < 0 else r.num_workers
     dls = image_dls(data, size=r.size, bs=r.bs, augment=r.augment, colour_on=r.colour_on, num_workers=workers,
                     seed=r.seed, device=pick_device(r.device), **source)
+    if r.test_size > 0: set_size(dls.valid, r.test_size)
     if not len(dls.valid_ds):
         raise ValueError(f"no image of {str(dls.path)!r} is left for validation: "
                          "give a class two images or more, or a val folder")
     return dls
 
 # %% ../nbs/710_train.ipynb #628b13ac
+def _timm_options(words: tuple) -> dict:
+    "Options of timm from 'NAME=VALUE': numbers and the like as such, other values as text."
+    def value(v):
+        try: return ast.literal_eval(v)
+        except (ValueError, SyntaxError): return v
+    return {k: value(v) for k, _, v in (o.partition('=') for o in words)}
+
 def recipe_learner(
     r: Recipe, # what to do
     dls: DataLoaders # from `recipe_dls`
@@ -86,10 +100,13 @@ def recipe_learner(
     cbs = []
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
-                            off_epochs=r.mix_off_epochs, seed=r.seed))
+                            off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
+    if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
+    if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
+    if r.clip: cbs.append(GradientClip(r.clip))
     cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
-                           n_stages=r.n_stages, loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
+                           n_stages=r.n_stages, timm_kw=_timm_options(r.timm), loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
                            wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
@@ -106,19 +123,49 @@ def fit_recipe(
     cbs, stop = list(cbs or []), None
     if r.plateau_patience >= 0: cbs.append(PlateauLR(r.monitor, factor=r.plateau_factor, patience=r.plateau_patience))
     if r.stop_patience > 0: cbs.append(stop := EarlyStop(r.monitor, patience=r.stop_patience))
+    if r.ema: cbs.append(EMA(r.ema, monitor=r.monitor))
+    if r.start_size: cbs.append(GrowingSize(r.start_size))
+    if r.minutes and not any(isinstance(cb, Budget) for cb in cbs): cbs.append(Budget(r.minutes, frozen=r.freeze_share))
     schedules[r.schedule](learn, r, cbs)
     return stop.reason if stop else None
 
+def _fine_tune(learn, r, cbs):
+    "fastai's two phases; where rates fall by stage as the recipe says, they do not fall by fastai's own rule besides."
+    learn.fine_tune(_epochs(r), r.lr, freeze_epochs=Budget.most if r.minutes else r.freeze_epochs, lr_mult=100 if r.layer_decay == 1 else 1,
+                    wd=r.wd, cbs=cbs)
+
+def _epochs(r: Recipe) -> int: return Budget.most if r.minutes else r.epochs
+
 schedules = {
-    'constant':  lambda learn, r, cbs: learn.fit(r.epochs, r.lr, wd=r.wd, cbs=cbs),
-    'one-cycle': lambda learn, r, cbs: learn.fit_one_cycle(r.epochs, r.lr, wd=r.wd, cbs=cbs),
-    'flat-cos':  lambda learn, r, cbs: learn.fit_flat_cos(r.epochs, r.lr, wd=r.wd, cbs=cbs),
-    'fine-tune': lambda learn, r, cbs: learn.fine_tune(r.epochs, r.lr, freeze_epochs=r.freeze_epochs, wd=r.wd, cbs=cbs),
+    'constant':  lambda learn, r, cbs: learn.fit(_epochs(r), r.lr, wd=r.wd, cbs=cbs),
+    'one-cycle': lambda learn, r, cbs: learn.fit_one_cycle(_epochs(r), r.lr, wd=r.wd, cbs=cbs),
+    'flat-cos':  lambda learn, r, cbs: learn.fit_flat_cos(_epochs(r), r.lr, wd=r.wd, cbs=cbs),
+    'fine-tune': _fine_tune,
     'warm-restarts': lambda learn, r, cbs: fit_warm_restarts(learn, r.restart_epochs, r.restart_mult, r.epochs,
                                                              lr=r.lr, wd=r.wd, cbs=cbs),
 }
 
 check_choices('schedule', schedules)
+
+# %% ../nbs/710_train.ipynb #4e4c38fb
+def _sizes(size: int, stride: int = 32) -> list[int]:
+    "Sizes worth trying: as trained, and about a seventh and three tenths more, in whole strides."
+    more = (stride*round(k*size/stride) for k in (1.14, 1.3))
+    return list(dict.fromkeys([size, *(s for s in more if s > size)]))
+
+def _pick_test_size(learn: Learner, r: Recipe, model: Path):
+    "Predict validation at some sizes, and let model file and data have the best."
+    tried = {}
+    for s in _sizes(r.size):
+        set_size(learn.dls.valid, s)
+        with learn.no_bar(), learn.no_logging(): logits, y = learn.get_preds(act=noop)
+        tried[s] = float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
+    best = min(tried, key=lambda s: tried[s][0])
+    each = ', '.join(f'{s} px {loss:.4f} ({acc:.4f})' for s, (loss, acc) in tried.items())
+    print(f'size to predict at: {best} px; validation loss (accuracy) at {each}', flush=True)
+    set_size(learn.dls.valid, best)
+    metrics = read_header(model).metrics | {'valid_loss': tried[best][0], 'accuracy': tried[best][1]}
+    Classifier.from_learner(learn, metrics).save(model)
 
 # %% ../nbs/710_train.ipynb #9a62d77c
 def _digest(dls: DataLoaders) -> str:
@@ -169,7 +216,15 @@ def _draw(learn: Learner, run: Path, monitor: str):
     with atomic_path(run_file(run, 'curves')) as tmp:
         plot_curves(learn, monitor=monitor).savefig(tmp, format='png', dpi=110)
 
-def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool) -> dict:
+def _budget(r: Recipe, clock: float) -> list:
+    "The budget of a run that began at `clock`, and what it has to keep free for the end."
+    if not r.minutes: return []
+    # predictions to keep and, in units of one validation, the trials of larger images; an average makes a validation two
+    after = 1 + (1.3 + 1.7 + 1)*(r.test_size < 0)
+    return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
+                   passes_after=after/(2 if r.ema else 1), seconds_after=2.5)]
+
+def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool, clock: float) -> dict:
     "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
     learn.run_history.csv = run_file(run, 'history')
     keep = KeepModel(r.monitor, file=run_file(run, 'model'))
@@ -177,8 +232,9 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     start = time.perf_counter()
     done = checkpoint.saved['learner']['callbacks']['run_history']['rows'] if resume else []
     if done: print(f"going on after epoch {len(done)}", flush=True)
-    try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *(cbs or [])])
+    try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *_budget(r, clock), *(cbs or [])])
     finally: _draw(learn, run, r.monitor)
+    if r.test_size < 0: _pick_test_size(learn, r, run_file(run, 'model'))
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
     (precision, layout), took = learn.arithmetic.way, learn.arithmetic.took
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
@@ -196,11 +252,11 @@ def _prepare(r: Recipe, source: DataSource) -> Learner:
     _quick_check(dls, source)
     return learn
 
-def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, resume: bool = False):
+def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock: float, resume: bool = False):
     "Fit in the run folder and write down what came out; if it is stopped, say how to go on."
     learn.path, state = run, run_file(run, 'state')
     try:
-        result = _fit_into(learn, r, run, cbs, resume)
+        result = _fit_into(learn, r, run, cbs, resume, clock)
         write_text(run_file(run, 'preds'), valid_predictions(learn).to_csv(index=False))
         env.update(result)
         with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
@@ -223,7 +279,7 @@ def _take_back(run: Path):
 
 # %% ../nbs/710_train.ipynb #e0d0c19f
 def _told(r: Recipe) -> dict: # plain values, of what a resumed run may not change
-    return {f.name: str(getattr(r, f.name)) for f in fields(r) if f.name not in ('name', 'device', 'num_workers')}
+    return {f.name: str(getattr(r, f.name)) for f in fields(r) if f.name not in ('name', 'device', 'num_workers', 'minutes')}
 
 def _begin(learn: Learner, r: Recipe, source: DataSource, run: Path) -> dict: # the environment
     "Write down what is to be done, on what."
@@ -240,9 +296,11 @@ def train(
     out: str|Path|None = None, # the run folder to make; runs/NAME, or the next free runs/NAME-2 … when not given
     *,
     cbs: list|None = None, # further callbacks
+    spent: float = 0., # seconds that a recipe's minutes have already lost, to imports say
     **source: Any # fields of `DataSource`: train, valid, csv …
 ) -> Learner: # the trained learner with its best weights; its `path` is the run folder
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
+    clock = time.perf_counter() - spent
     r, source = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), data_source(data, **source)
     out = Path(out or free_run_folder(r.name))
     clear_stillborn(out, r)
@@ -260,7 +318,7 @@ def train(
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
         if aside := left_aside(source): print(f"left aside: {aside}", flush=True)
-        _run(learn, r, run, env, cbs)
+        _run(learn, r, run, env, cbs, clock)
     return learn
 
 # %% ../nbs/710_train.ipynb #7aa62238
@@ -284,14 +342,19 @@ def resume_run(
     run: str|Path, # run folder of a training that was stopped
     data: str|Path|None = None, # folder of images; where it was when not given
     *,
-    cbs: list|None = None # the further callbacks that `train` was given
+    cbs: list|None = None, # the further callbacks that `train` was given
+    minutes: float|None = None, # another budget than the run began with: what is left of it is planned anew
+    spent: float = 0. # seconds of the minutes that have already gone by, to imports say
 ) -> Learner: # as from `train`
-    "Go on with a run that was stopped, exactly as if it had not been."
-    run = Path(run)
+    "Go on with a run that was stopped: exactly as if it had not been, or, under a budget, for the minutes that are left."
+    clock, run = time.perf_counter() - spent, Path(run)
     stopped_run(run)
     with one_writer(run):
         env = stopped_run(run)  # once more: another process may just have ended it
         r = load_recipe(run_file(run, 'recipe'))
+        if minutes:
+            if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
+            r = replace(r, minutes=minutes)
         source = data_source(run_file(run, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
         clear_leftovers(run)
         if not Path(source.path).is_dir():
@@ -300,10 +363,12 @@ def resume_run(
         learn = _prepare(r, source)
         now = _surroundings(learn.dls) | dict(recipe=_told(r))
         _check_same(now, env, source.path)
+        if minutes: r.save(run_file(run, 'recipe'))
+        env['recipe'] = now['recipe']
         env['resumed'] = [*env.get('resumed', []), now['started']]
         write_env(run, env)
         print(f"{r.name}: run folder {run}", end=', ')
         begun = run_file(run, 'state').is_file()
         if not begun: print("no epoch had ended: from the start", flush=True)
-        _run(learn, r, run, env, cbs, resume=begun)
+        _run(learn, r, run, env, cbs, clock, resume=begun)
     return learn

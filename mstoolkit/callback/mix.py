@@ -109,11 +109,13 @@ class BatchMix(Callback):
         cutmix_alpha: float|tuple[float, float] = 1., # λ ~ Beta(α, α); a range (low, high) is drawn from for each batch
         mixup_alpha: float|tuple[float, float] = .4, # the same for MixUp; Report B: (.4, .6)
         off_epochs: int = 0, # train the last so many epochs of a fit on whole images
+        off_share: float = 0., # the same as a share of the fit, of its time under a `Budget`
         seed: int|None = None # of the draws; `None`: taken from torch's generator, so that `seed_everything` fixes it
     ):
         _check_probabilities(cutmix, mixup)
         if off_epochs < 0: raise ValueError(f"off_epochs is a number of epochs, not {off_epochs}")
-        self.cutmix, self.mixup, self.off_epochs = cutmix, mixup, off_epochs
+        if not 0 <= off_share <= 1: raise ValueError(f"off_share is a share of the fit from 0 to 1, not {off_share}")
+        self.cutmix, self.mixup, self.off_epochs, self.off_share = cutmix, mixup, off_epochs, off_share
         self.cutmix_alpha = _alpha_range(cutmix_alpha, 'cutmix_alpha')
         self.mixup_alpha = _alpha_range(mixup_alpha, 'mixup_alpha')
         seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -156,11 +158,12 @@ class BatchMix(Callback):
         # the frozen phase of a `fine_tune` comes first, so it has no last epochs
         last = not self.opt.frozen_idx and self.epoch >= self.n_epoch - self.off_epochs
         self.active, self.mixed_epoch, self.lam, self.yb_b = not last, False, 1., None
+        self.off_from = 1 - self.off_share if self.off_share and not self.opt.frozen_idx else 2.
 
     def before_batch(self):
         "Mix the batch."
         if self.mixed: self.lam, self.yb_b = 1., None
-        if not self.active: return
+        if not self.active or self.learn.pct_train >= self.off_from: return
         xb, yb = self.learn.xb, self.learn.yb
         if len(xb) != 1 or xb[0].ndim != 4:
             shapes = [tuple(getattr(o, 'shape', ())) for o in xb]

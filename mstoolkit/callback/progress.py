@@ -50,6 +50,7 @@ def _phase(learn, rows):
 def _recorded(learn):
     "The recorder's numbers of this epoch by name, validation metrics without `valid_`; nothing of a cancelled epoch."
     names, values = table_columns(learn.recorder), learn.recorder.values[-1]
+    if getattr(learn.recorder, 'cancel_valid', False): names = names[:len(values)]
     if len(names) != len(values): return {}
     return {n if n == 'valid_loss' else n.removeprefix('valid_'): v for n, v in zip(names, values)}
 
@@ -146,7 +147,7 @@ def _cells(row, n_total, left):
     lr = [v for k, v in row.items() if k.startswith('lr_')][-1]
     shown = {k: _cell(v) for k, v in row.items() if k not in skip}
     if row['mixed']: shown['train_accuracy'] += ' mix'  # weighted by what each image was mixed of
-    return {'epoch': f"{row['epoch']}/{n_total}", 'phase': row['phase'], **shown,
+    return {'epoch': f"{row['epoch']}/{n_total}" if n_total else str(row['epoch']), 'phase': row['phase'], **shown,
             'lr': f'{lr:.2e}', 'time': _clock(row['seconds']), 'left': _clock(left)}
 
 # %% ../../nbs/370_callback.progress.ipynb #623d5cfd
@@ -208,8 +209,9 @@ class TrainProgress(AttachedCallback):
         if len(rows) == self.done: return
         self.done = len(rows)
         mine = rows[self.fit_start:]
-        left = (self.n_epoch - self.epoch - 1)*sum(o['seconds'] for o in mine)/len(mine)
-        cells = _cells(rows[-1], self.fit_start + self.n_epoch, left)
+        budget = getattr(self.learn, 'budget', None)
+        left = max(0, budget.left) if budget else (self.n_epoch - self.epoch - 1)*sum(o['seconds'] for o in mine)/len(mine)
+        cells = _cells(rows[-1], None if budget else self.fit_start + self.n_epoch, left)
         widths = [max(len(k), 8 if k in ('epoch', 'phase', 'time', 'left') else 10) for k in cells]
         lines = ['  '.join(str(o).rjust(w) for o, w in zip(line, widths)) for line in (cells.keys(), cells.values())]
         if lines[0] != self.header: self.header = lines[0]; print(self.header, file=self.file)

@@ -73,12 +73,15 @@ class Arithmetic(MixedPrecision):
 
     def _choose(self):
         "Let the stopwatch choose, if the fit is long enough to pay for it."
-        x = few_images(self.x)
-        steps = self.n_iter*self.n_epoch*len(self.x)//len(x)
+        x, budget = few_images(self.x), getattr(self.learn, 'budget', None)
+        step, steps = training_step(self.model, x, self.open), self.n_iter*self.n_epoch*len(self.x)//len(x)
+        if budget and len(self.open) > 1:
+            (plain,) = time_ways(step, self.open[:1], 1)[self.open[0]]
+            steps = min(steps, int(budget.left/plain))
         rounds = rounds_within(steps, len(self.open), self.share)
         if not rounds: return
         busy = others_at_work() if self.device.type == 'cpu' else 0
-        self.took = time_ways(training_step(self.model, x, self.open), self.open, rounds)
+        self.took = time_ways(step, self.open, rounds)
         self.chosen = fastest(self.took, min_gain=self.min_gain)
         note = f'; other programs keep {busy:.0f} threads at work on this machine' if busy >= 1 else ''
         print(f'arithmetic: {told(self.chosen, self.took, f"a step of {len(x)} images")}{note}', flush=True)

@@ -6,7 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.core.html.md"""
 
 # %% auto #0
 __all__ = ['AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageLoaders', 'ImageDatasets', 'ImageDL', 'default_workers',
-           'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'image_loader']
+           'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'set_size', 'valid_size',
+           'image_loader']
 
 # %% ../../nbs/170_data.core.ipynb #a64ad69d
 import os
@@ -75,11 +76,18 @@ class AugmentImage(Transform):
         split_idx: int, # 0: for training images, 1: for the others
         colour: bool = True # run the recipe's colour jitter and erasing too; false: `DeviceColour` does
     ):
-        self.augment, self.size, self.split_idx = augment, size, split_idx
+        self.augment, self.split_idx, self.colour = augment, split_idx, colour
         self.seed = None # of the next image that fastai passes
-        self.pipe = augment_tfms(augment, size)
-        if not colour: self.pipe = split_colour(self.pipe)[0]
-        self.decode_side, self.cache = _decode_side(self.pipe, size), None
+        self.cache = None
+        self.resize(size)
+
+    def resize(self,
+        size: int # side in pixels
+    ):
+        "Make images of another size from now on."
+        self.size, self.pipe = size, augment_tfms(self.augment, size)
+        if not self.colour: self.pipe = split_colour(self.pipe)[0]
+        self.decode_side = _decode_side(self.pipe, size)
 
     def _pixels(self, o) -> np.ndarray: # uint8 H×W×3
         if isinstance(o, Image.Image): return pil_rgb(o)
@@ -416,6 +424,24 @@ def input_size(
     if augs: return augs[0].size
     x, *_ = dls.one_batch() if hasattr(dls.train, 'one_batch') else next(iter(dls.train))
     return x.shape[-1]
+
+# %% ../../nbs/170_data.core.ipynb #92e4aaae
+def set_size(
+    dl: ImageDL, # a loader of `image_dls`
+    size: int # side of the square images, in pixels
+):
+    "Let a loader yield images of another size from its next pass on."
+    split = dl.dataset.split_idx # of the two pipelines of the data, its own
+    for t in _augments(dl):
+        if t.split_idx == split: t.resize(size)
+
+# %% ../../nbs/170_data.core.ipynb #eeef7a69
+def valid_size(
+    dls: DataLoaders # from `image_dls`, or any fastai DataLoaders of images
+) -> int: # side of the validation images in pixels
+    "The size of the images that `dls` validates on, which is that of training images unless `set_size` made it another."
+    split = getattr(getattr(dls.valid, 'dataset', None), 'split_idx', None)
+    return next((t.size for t in _augments(dls.valid) if t.split_idx == split), None) or input_size(dls)
 
 # %% ../../nbs/170_data.core.ipynb #41dd11ff
 class _Files(torch.utils.data.Dataset):

@@ -185,11 +185,12 @@ class TimmStages(nn.Module):
         in_chans: int = 3, # channels of the input images
         n_stages: int = 3, # number of maps; the reports fuse three
         weights_file: str|Path|None = None, # local .safetensors, .pt or .pth file to load instead of timm's weights
-        img_size: int|tuple|None = None # side, or (height, width), in pixels; models of one size (ViT, Swin) are built for it
+        img_size: int|tuple|None = None, # side, or (height, width), in pixels; models of one size (ViT, Swin) are built for it
+        timm_kw: dict|None = None # further options of `timm.create_model`: `dict(drop_path_rate=.1)`
     ):
         super().__init__()
         self.name = check_name(name)
-        kw = dict(_fixed_size(name, img_size), in_chans=in_chans, features_only=True)
+        kw = {**_fixed_size(name, img_size), **(timm_kw or {}), 'in_chans': in_chans, 'features_only': True}
         load = _pretrained_kw(name) if pretrained and not weights_file else {}
         # a sketch takes no memory, and its answers come before any download
         with torch.device('meta'): sketch = _create(name, **kw)

@@ -307,6 +307,7 @@ def multiscale_model(
     in_chans: int = 3, # channels of the input images
     n_stages: int = 3, # maps to fuse; the reports take three
     img_size: int|tuple|None = None, # side, or (height, width), in pixels; models of one size (ViT, Swin) are built for it
+    timm_kw: dict|None = None, # further options of `timm.create_model`: `dict(drop_path_rate=.1)`
     **head_kw: Any # options of the head, such as `drop` and `act`
 ) -> MultiScaleModel: # body and head
     "A timm backbone with the head called `head` on its last `n_stages` maps."
@@ -314,7 +315,7 @@ def multiscale_model(
     except ValueError as e: raise ValueError(f"{e}; one of your own is registered when its module is imported (--plugin)") from None
     for k in head_kw: choice(k, _head_options(head), f'option of head {head!r}:')
     if n_out < 1: raise ValueError(f"n_out={n_out}: a classifier needs at least one output")
-    body = TimmStages(backbone, pretrained, in_chans, n_stages, weights_file, img_size)
+    body = TimmStages(backbone, pretrained, in_chans, n_stages, weights_file, img_size, timm_kw)
     config = dict(backbone=backbone, head=head, n_out=n_out, in_chans=in_chans, n_stages=n_stages,
-                  img_size=img_size, **head_kw)
+                  img_size=img_size, **(dict(timm_kw=timm_kw) if timm_kw else {}), **head_kw)
     return MultiScaleModel(body, heads[head](body.channels, n_out, **head_kw), config)
