@@ -166,7 +166,7 @@ def train_command(
     if threads: _set_threads(threads)
     if resume: return _resume(resume, data, ctx)
     if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
-    r = Recipe.from_dict(recipe_fields, load_recipe(recipe))
+    r = Recipe.from_dict(recipe_fields, load_recipe(recipe)).check_effect(recipe_fields)
     source = _source(data, source_fields)
     if out: _free(out, r)
     from mstoolkit.train import train as run

@@ -256,16 +256,16 @@ class Recipe(PlainData):
     @classmethod
     def from_dict(cls,
         d: dict, # field names and values; what is missing takes its default
-        base: 'Recipe|None' = None # take missing values from here instead; a field of `d` without effect is an error then
+        base: 'Recipe|None' = None # take missing values from here instead
     ) -> 'Recipe': # checked
         "Make a recipe from a dict; epochs in the place of minutes, and the other way round, need not say that the other is 0."
         if d.get('minutes') and 'epochs' not in d: d = {**d, 'epochs': 0}
         elif d.get('epochs') and base and base.minutes and 'minutes' not in d: d = {**d, 'minutes': 0.}
-        r = super().from_dict(d, base)
-        if base: r._check_effect(d)
-        return r
+        return super().from_dict(d, base)
 
-    def _check_effect(self, given: Iterable[str]):
+    def check_effect(self,
+        given: Iterable[str] # the fields that somebody set on purpose
+    ) -> 'Recipe': # itself
         "Refuse a field that was given and changes nothing."
         mixed, tuned = self.cutmix + self.mixup > 0, self.schedule == 'fine-tune'
         works = dict(
@@ -280,6 +280,7 @@ class Recipe(PlainData):
         for k in given:
             on, what = works.get(k, (True, ''))
             if not on and getattr(self, k): raise ValueError(f"recipe field {k!r} has no effect here: it works with {what}; leave it out")
+        return self
 
 # %% ../nbs/410_recipe.ipynb #97e132e8
 def load_recipe(
