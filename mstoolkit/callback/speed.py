@@ -17,8 +17,8 @@ from torch.amp import GradScaler
 from .core import is_training_fit
 from ..core import choice, others_at_work
 from ..data.workers import close_idle_workers
-from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, few_images, layouts, precisions, rounds_within,
-                                         time_ways, told, training_step, ways)
+from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, layouts, precisions, time_ways, told,
+                                         training_step, trial, ways)
 from ..models.fusion import MultiScaleModel
 
 # %% ../../nbs/380_callback.speed.ipynb #3ae2a76a
@@ -73,9 +73,7 @@ class Arithmetic(MixedPrecision):
 
     def _choose(self):
         "Let the stopwatch choose, if the fit is long enough to pay for it."
-        x = few_images(self.x)
-        steps = self.n_iter*self.n_epoch*len(self.x)//len(x)
-        rounds = rounds_within(steps, len(self.open), self.share)
+        x, rounds = trial(self.x, self.n_iter*self.n_epoch, len(self.open), self.share)
         if not rounds: return
         busy = others_at_work() if self.device.type == 'cpu' else 0
         self.took = time_ways(training_step(self.model, x, self.open), self.open, rounds)
