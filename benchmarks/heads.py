@@ -54,9 +54,9 @@ def rounds(steps, n, device, inner=None):
 
 def make_heads(device):
     torch.manual_seed(0)
-    heads = {k: heads[k](CHANNELS, N_OUT) for k in ('plain', 'pyramid', 'gated')}
-    heads |= {f'literal {k}': twin(k, heads[k], CHANNELS, N_OUT) for k in ('pyramid', 'gated')}
-    return {k: v.to(device) for k, v in heads.items()}
+    made = {k: heads[k](CHANNELS, N_OUT) for k in ('plain', 'pyramid', 'gated')}
+    made |= {f'literal {k}': twin(k, made[k], CHANNELS, N_OUT) for k in ('pyramid', 'gated')}
+    return {k: v.to(device) for k, v in made.items()}
 
 
 def head_step(head, xs):

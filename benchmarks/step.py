@@ -23,7 +23,7 @@ from heads import batch, make_heads, train_step
 from input import generated
 from machine import machine
 from mstoolkit.core import keep_freed_memory, write_text
-from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, rounds_within, time_ways, training_step, ways
+from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, time_ways, training_step, trial, ways
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import fit_recipe, recipe_dls, recipe_learner
@@ -118,13 +118,14 @@ def choosing(o):
     rows = []
     for net, bs, side in ('resnet50', 32, 224), ('tf_efficientnet_lite0', 32, 128), ('resnest101e', 16, 224):
         torch.manual_seed(0)
-        model, x, can = multiscale_model(net, 'gated', 10, pretrained=False), few_images(torch.randn(bs, 3, side, side)), ways('auto', 'auto', 'cpu')
+        model, x, can = multiscale_model(net, 'gated', 10, pretrained=False), torch.randn(bs, 3, side, side), ways('auto', 'auto', 'cpu')
         plain = statistics.median(time_ways(training_step(model, x, can[:1]), can[:1], 2)[can[0]])
-        start, rounds = time.perf_counter(), rounds_within(int(600/plain), len(can), .02)
-        took = time_ways(training_step(model, x, can), can, rounds)
+        start, (few, rounds) = time.perf_counter(), trial(x, int(600/plain), len(can), .02)
+        way = name(fastest(time_ways(training_step(model, few, can), can, rounds))) if rounds else '-'
         spent = time.perf_counter() - start
-        rows.append(f'| {net}, {bs}, {side} | {600/plain*len(x)/bs:.0f} | {rounds} | {spent:.1f} | {spent/600:.1%} | {name(fastest(took)) if took else "-"} |')
-    return '\n'.join(['| network, batch, side | plain steps in ten minutes | rounds | s | of ten minutes | chosen |', '|---|---|---|---|---|---|', *rows])
+        rows.append(f'| {net}, {bs}, {side} | {600/plain:.0f} | {len(few)} | {rounds} | {spent:.1f} | {spent/600:.1%} | {way} |')
+    return '\n'.join(['| network, batch, side | plain steps in ten minutes | images tried on | rounds | s | of ten minutes | chosen |',
+                      '|---|---|---|---|---|---|---|', *rows])
 
 
 TRAINING = """
@@ -186,10 +187,12 @@ def main():
     keep_freed_memory()  # as `train` does, for all alike
     cv2.setNumThreads(0)
     command = 'python benchmarks/step.py' + ' --photos FOLDER'*bool(o.photos)
-    found = {title: f(o) for title, f in (PARTS[k] for k in o.parts)}
+    found = {}
+    for title, f in (PARTS[k] for k in o.parts):
+        found[title] = f(o)
+        print(f'## {title}\n\n{found[title]}\n', flush=True)
     text = '\n\n'.join([f'# Training steps\n\n    {command}', f"{o.date}, {machine()}, torch {torch.__version__.partition('+')[0]}; both sides of every ratio "
                         'in one run, taking turns.', *(f'## {k}\n\n{v}' for k, v in found.items())]) + '\n'
-    print(text)
     if len(o.parts) == len(PARTS): write_text(Path(__file__).with_suffix('.md'), text)
 
 

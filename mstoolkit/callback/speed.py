@@ -17,8 +17,8 @@ from torch.amp import GradScaler
 from .core import is_training_fit
 from ..core import choice, others_at_work
 from ..data.workers import close_idle_workers
-from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, few_images, layouts, precisions, rounds_within,
-                                         time_ways, told, training_step, ways)
+from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, few_images, layouts, precisions, time_ways,
+                                         told, training_step, trial, ways)
 from ..models.fusion import MultiScaleModel
 
 # %% ../../nbs/380_callback.speed.ipynb #3ae2a76a
@@ -73,19 +73,22 @@ class Arithmetic(MixedPrecision):
 
     def _choose(self):
         "Let the stopwatch choose, if the fit is long enough to pay for it."
-        x, budget = few_images(self.x), getattr(self.learn, 'budget', None)
-        step, steps = training_step(self.model, x, self.open), self.n_iter*self.n_epoch*len(self.x)//len(x)
-        if budget and len(self.open) > 1:
-            (plain,) = time_ways(step, self.open[:1], 1)[self.open[0]]
-            steps = min(steps, int(budget.left/plain))
-        rounds = rounds_within(steps, len(self.open), self.share)
+        x, rounds = trial(self.x, self._batches_to_come(), len(self.open), self.share)
         if not rounds: return
         busy = others_at_work() if self.device.type == 'cpu' else 0
-        self.took = time_ways(step, self.open, rounds)
+        self.took = time_ways(training_step(self.model, x, self.open), self.open, rounds)
         self.chosen = fastest(self.took, min_gain=self.min_gain)
         note = f'; other programs keep {busy:.0f} threads at work on this machine' if busy >= 1 else ''
         print(f'arithmetic: {told(self.chosen, self.took, f"a step of {len(x)} images")}{note}', flush=True)
         self._apply()
+
+    def _batches_to_come(self) -> int:
+        "Batches of this fit, as the plainest way would do them in the time that a budget leaves."
+        n, budget = self.n_iter*self.n_epoch, getattr(self.learn, 'budget', None)
+        if budget is None or len(self.open) == 1: return n
+        x, way = few_images(self.x, 2), self.open[:1]
+        (seconds,) = time_ways(training_step(self.model, x, way), way, 1)[way[0]]
+        return min(n, int(budget.left*len(x)/len(self.x)/seconds))
 
     def _close(self):
         "Leave autocast, also where a batch was broken off within it."

@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.arithmetic.html.md"""
 
 # %% auto #0
 __all__ = ['layouts', 'precisions', 'cpu_has_bf16', 'fast_precisions', 'check_precision', 'ways', 'autocast', 'rounds_within',
-           'time_ways', 'fastest', 'told', 'few_images', 'training_step', 'prediction_step', 'run_in']
+           'time_ways', 'fastest', 'told', 'few_images', 'trial', 'training_step', 'prediction_step', 'run_in']
 
 # %% ../../nbs/250_models.arithmetic.ipynb #b063bc42
 import os
@@ -136,6 +136,18 @@ def few_images(
     x = x.detach().as_subclass(torch.Tensor)
     if x.device.type != 'cpu': return x
     return x[:max(n, -(-n*224*224//(x.shape[-2]*x.shape[-1])))]
+
+def trial(
+    x: torch.Tensor, # (B, C, H, W) images, plain
+    n_batches: int, # such batches that are to come
+    k: int, # ways to time
+    share: float # of the time of those batches that may be spent
+) -> tuple[torch.Tensor, int]: # images to time them on, rounds: 0 where even two images are too many
+    "As many images, and as many rounds, as a stopwatch may have; fewer images where the training is short or the network slow."
+    for n in 8, 4, 2:
+        few = few_images(x, n)
+        if rounds := rounds_within(n_batches*len(x)//len(few), k, share): break
+    return few, rounds
 
 def _wait(device: torch.device):
     "Wait until the device has done what it was told to."
