@@ -153,7 +153,9 @@ def train_command(
     source_fields: dict, # the data's options
     data: Annotated[Optional[Path], typer.Argument(help=_data_help)] = None,
     recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(_names['recipe']),
-        help=f"{', '.join(recipes)}, or a .toml file")] = 'gate',
+        help=f"auto (made for the data, this machine and --minutes), {', '.join(recipes)}, or a .toml file")] = 'auto',
+    weights_dir: Annotated[Optional[Path], typer.Option(
+        help="folder of pretrained weights that auto may choose from, for machines without a hub: NAME.safetensors, .pt or .pth")] = None,
     out: Annotated[Optional[Path], typer.Option('--out', '-o',
         help="run folder to make; runs/RECIPE, or the next free one")] = None,
     resume: Annotated[Optional[Path], typer.Option(
@@ -166,11 +168,12 @@ def train_command(
     if threads: _set_threads(threads)
     if resume: return _resume(resume, data, ctx)
     if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
-    r = Recipe.from_dict(recipe_fields, load_recipe(recipe)).check_effect(recipe_fields)
     source = _source(data, source_fields)
-    if out: _free(out, r)
+    if recipe != 'auto':
+        r = Recipe.from_dict(recipe_fields, load_recipe(recipe)).check_effect(recipe_fields)
+        if out: _free(out, r)
     from mstoolkit.train import train as run
-    run(r, source, out, spent=process_age())
+    run(recipe, source, out, given=recipe_fields, weights_dir=weights_dir or '', spent=process_age())
 
 # %% ../nbs/810_cli.ipynb #54fa1aee
 @app.command()

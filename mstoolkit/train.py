@@ -49,6 +49,7 @@ from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, layouts, precisions
+from .plan import auto_recipe
 from .recipe import Recipe, check_choices, load_recipe
 from .runs import (beginnings, clear_leftovers, clear_stillborn, environment, free_run_folder, one_writer,
                             run_file, stopped_run, write_env)
@@ -277,6 +278,18 @@ def _take_back(run: Path):
     "A run that ended no epoch has nothing to keep, and should not take the name."
     for f in beginnings(run): f.unlink(missing_ok=True)
 
+# %% ../nbs/710_train.ipynb #12e36971
+def _settled(recipe: Recipe|str|Path, source: DataSource, given: dict, weights_dir: str|Path, out: Path) -> Recipe:
+    "The recipe of a run, with what was given for it."
+    if recipe == 'auto':
+        if set(beginnings(out)) < set(out.glob('*')): check_new(out, 'run folder') # before time is spent on a plan
+        r, told = auto_recipe(source, weights_dir=weights_dir, **given)
+        for line in told: print(f'auto: {line}', flush=True)
+        return r
+    if weights_dir: raise ValueError("weights_dir is what recipe 'auto' chooses from: name a file with weights_file (--weights-file)")
+    r = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return Recipe.from_dict(given, r).check_effect(given) if given else r
+
 # %% ../nbs/710_train.ipynb #e0d0c19f
 def _told(r: Recipe) -> dict: # plain values, of what a resumed run may not change
     return {f.name: str(getattr(r, f.name)) for f in fields(r) if f.name not in ('name', 'device', 'num_workers', 'minutes')}
@@ -291,18 +304,21 @@ def _begin(learn: Learner, r: Recipe, source: DataSource, run: Path) -> dict: # 
     return env
 
 def train(
-    recipe: Recipe|str|Path, # a recipe, the name of one, or a TOML file
+    recipe: Recipe|str|Path, # a recipe, the name of one, a TOML file, or 'auto': made for data, machine and time by `auto_recipe`
     data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
     out: str|Path|None = None, # the run folder to make; runs/NAME, or the next free runs/NAME-2 … when not given
     *,
+    given: dict|None = None, # recipe fields of your own: `dict(minutes=10)`
+    weights_dir: str|Path = '', # for 'auto': folder of weights files, for machines without a hub
     cbs: list|None = None, # further callbacks
     spent: float = 0., # seconds that a recipe's minutes have already lost, to imports say
     **source: Any # fields of `DataSource`: train, valid, csv …
 ) -> Learner: # the trained learner with its best weights; its `path` is the run folder
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     clock = time.perf_counter() - spent
-    r, source = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), data_source(data, **source)
-    out = Path(out or free_run_folder(r.name))
+    source, given = data_source(data, **source), given or {}
+    out = Path(out or free_run_folder(recipe.name if isinstance(recipe, Recipe) else Path(recipe).stem))
+    r = _settled(recipe, source, given, weights_dir, out)
     clear_stillborn(out, r)
     check_new(out, 'run folder')
     if within := next((o for o in class_roots(source) if out.resolve().is_relative_to(o.resolve())), None):

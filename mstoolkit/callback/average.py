@@ -83,7 +83,7 @@ class EMA(Callback):
         if not self.trained or not self.step: return
         self.found = None
         if self.raw:
-            self.learn.all_batches()
+            with torch.random.fork_rng([]): self.learn.all_batches()  # a loader draws, and training is to draw what it would
             self.found = self._values()
             self.recorder.before_validate()  # begin to count anew
         self._swap()
