@@ -143,9 +143,10 @@ class Ranked:
     passed_over: str = '' # why it cannot be taken: 'no weights', 'not at 160 px', 'no memory'
 
 class _Stopwatch:
-    "Times candidates, and estimates the others from those that were."
-    def __init__(self, table, n_classes, size, bs, device, head, rounds):
-        self.size, self.seen = size, {}
+    "Times candidates while the time for that lasts, and estimates the others from those that were timed."
+    def __init__(self, n_classes, size, bs, device, head, seconds, every):
+        self.size, self.every, self.seen, self.ends = size, every, {}, perf_counter() + seconds
+        rounds = 2 if every else 1
         self.kw = dict(n_classes=n_classes, size=size, bs=bs, device=device, head=head, rounds=rounds)
         self.steps = len(ways('auto', 'auto', device))*(rounds + 1)
         self.images = {n: bs if device.type != 'cpu' else min(bs, max(n, -(-n*224*224//size**2))) for n in (8, 2)}
@@ -169,6 +170,13 @@ class _Stopwatch:
         "Seconds that timing it may take."
         return self.steps*self.images[n]/self.estimate(c)
 
+    def images_for(self, c: Candidate) -> int:
+        "How many images of 224 pixels to time it with: fewer where they would take long; 0 where any would."
+        if not self.seen: return 8
+        if self.every: return 8 if self.cost(c, 8) <= 5 else 2
+        left = self.ends - perf_counter()
+        return 8 if 4*self.cost(c, 8) <= left else 2 if self.cost(c, 2) <= left else 0
+
 def _tried(f, size: int) -> tuple:
     "What `f` returns, and why it could not: one of them."
     try: return f(), ''
@@ -178,8 +186,8 @@ def _tried(f, size: int) -> tuple:
         return None, 'no memory'
 
 def _sketch(c: Candidate, head: str, n_classes: int, size: int):
-    "Build a model without numbers, where it could fail: all candidates take images of 32 pixels or more."
-    if size >= 32: return
+    "Build a model without numbers, where it could fail: all candidates take images of 32, 64, 96 … pixels."
+    if size % 32 == 0: return
     with torch.device('meta'): multiscale_model(c.name, head, n_classes, pretrained=False, img_size=size)
 
 # %% ../../nbs/270_models.candidates.ipynb #bd5d72b7
@@ -205,36 +213,29 @@ def rank_backbones(
 ) -> list[Ranked]: # the cheapest first
     "What each candidate would do in a run: how fast it trains, how often it sees the data, where its weights are."
     choice(head, heads, 'head')
-    if min(n_train, n_classes, bs, size) < 1 or not 0 < seconds < math.inf:
+    if min(n_train, n_classes, bs - 1, size) < 1 or not 0 < seconds < math.inf:
         raise ValueError(f"{n_train} training images of {n_classes} classes, {bs} of them in a batch, {size} px, {seconds:g} seconds: "
-                         "give more than 0 of each")
+                         "give 2 or more in a batch, and more than 0 of each of the others")
     table, device = _table(names, size), torch.device(device)
     weights = {c.name: weights_at_hand(c.name, weights_dir) for c in table}
     wanted = [c for c in table if weights[c.name]] or table[:1]
     if device.type == 'cpu': keep_freed_memory() # as a run does
-    watch, best, ends = _Stopwatch(table, n_classes, size, bs, device, head, 2 if every else 1), 0., perf_counter() + share*seconds
+    watch = _Stopwatch(n_classes, size, bs, device, head, share*seconds, every)
     epochs = lambda images_s: images_s*seconds*(1 - set_aside)/n_train
-
-    def plan(c: Candidate) -> int: # images to time it with, of 224 pixels; 0: it is not timed
-        if every: return 8 if not watch.seen or watch.cost(c, 8) <= 5 else 2
-        if c not in wanted: return 0
-        if not watch.seen: return 8
-        if c.top1 <= best or epochs(watch.hope(c)) < min_epochs: return 0
-        left = ends - perf_counter()
-        return 8 if 4*watch.cost(c, 8) <= left else 2 if watch.cost(c, 2) <= left else 0
-
-    found = []
+    speeds, whys, best = {}, {}, 0.
     for c in track(table, 'backbones timed'):
-        n, timed, why = plan(c), None, ''
-        if n: timed, why = _tried(lambda: watch.time(c, n), size)
-        else: why = _tried(lambda: _sketch(c, head, n_classes, size), size)[1]
-        if timed and weights[c.name] and epochs(timed) >= min_epochs: best = max(best, c.top1)
-        found.append((c, timed, why))
-    rows = []
-    for c, timed, why in found:
-        speed = 0. if why else timed or watch.estimate(c)
-        rows.append(Ranked(c, speed, timed is not None, epochs(speed), weights[c.name], why or ('' if weights[c.name] else 'no weights')))
-    return rows
+        # whether it could be taken, for all that is known
+        if not (every or not watch.seen or c.top1 > best and epochs(watch.hope(c)) >= min_epochs): continue
+        n = watch.images_for(c) if every or c in wanted else 0
+        tried, whys[c.name] = _tried(lambda: watch.time(c, n) if n else _sketch(c, head, n_classes, size), size)
+        if tried: speeds[c.name] = tried
+        if tried and weights[c.name] and epochs(tried) >= min_epochs: best = max(best, c.top1)
+
+    def row(c: Candidate) -> Ranked:
+        why, found = whys.get(c.name, ''), weights[c.name]
+        speed = 0. if why else speeds.get(c.name) or watch.estimate(c)
+        return Ranked(c, speed, c.name in speeds, epochs(speed), found, why or ('' if found else 'no weights'))
+    return [row(c) for c in table]
 
 # %% ../../nbs/270_models.candidates.ipynb #ad826318
 def take_backbone(
@@ -258,13 +259,13 @@ def choice_told(
     "What `take_backbone` takes, and why; where there are no weights, what that costs."
     row, time = take_backbone(rows, min_epochs), _minutes(seconds)
     if row is None:
-        why = '; '.join(dict.fromkeys(f'{o.passed_over} ({o.weights.where})' if not o.weights else o.passed_over for o in rows))
-        return (f"none ({why}): a run starts from scratch, which costs little with thousands of small images and tens of points of accuracy "
-                "with hundreds of photographs")
+        why = {f'{o.passed_over} ({o.weights.where})' if o.passed_over == 'no weights' else o.passed_over: 0 for o in rows}
+        return (f"none, passed over are all ({'; '.join(why)}): a run starts from scratch, which costs little with thousands of small "
+                "images and tens of points of accuracy with hundreds of photographs")
     name, n = row.candidate.name, f"{'' if row.timed else 'about '}{row.epochs:.3g}"
     if row.epochs >= min_epochs:
-        return (f"{name}: of those with weights the most accurate that sees the data {min_epochs:g} times or more in {time} ({n})")
-    return f"{name}: the fastest with weights; none sees the data {min_epochs:g} times in {time} (it: {n})"
+        return f"{name} ({n} epochs): of those with weights the most accurate that sees the data {min_epochs:g} times or more in {time}"
+    return f"{name} ({n} epochs): the fastest with weights; none sees the data {min_epochs:g} times in {time}"
 
 def weights_told(
     rows: list[Ranked], # from `rank_backbones`
