@@ -333,8 +333,8 @@ def backbones(
     n_train, n_classes = _counts(source, r.seed)
     from mstoolkit.models.candidates import choice_told, format_backbones, rank_backbones, weights_told
     device, seconds = pick_device(r.device), 60*minutes
-    print(f"{counted(n_train, 'training image')} of {counted(n_classes, 'class', 'classes')}, {r.size} px, batches of {r.bs}, {r.head} head, "
-          f"{device}, {minutes:g} min", flush=True)
+    print(f"{counted(n_train, 'training image')} of {counted(n_classes, 'class', 'classes')}, {r.size} px, batches of {r.bs}, "
+          f"{r.head} head, {device}, {minutes:g} min", flush=True)
     if device.type == 'cpu' and (busy := others_at_work()) >= 1:
         print(f"other programs keep {busy:.0f} threads at work on this machine: alone it may be faster", flush=True)
     rows = rank_backbones(n_train, n_classes, size=r.size, bs=r.bs, seconds=seconds, device=device, head=r.head, weights_dir=weights_dir,

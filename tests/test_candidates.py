@@ -201,7 +201,8 @@ def test_what_fails_is_passed_over_with_a_word(folder, monkeypatch):
 def test_too_small_for_most(folder, monkeypatch):
     fails = lambda name: ValueError('stride 32') if not re.match('vit|eva02', name) else 10.
     Stopwatch(monkeypatch, {n: fails(n) for n in candidates})
-    rows = rank_backbones(1000, 10, size=28, bs=32, seconds=1200, weights_dir=folder, names=[R18, 'vit_small_patch16_224.augreg_in21k_ft_in1k'])
+    names = [R18, 'vit_small_patch16_224.augreg_in21k_ft_in1k']
+    rows = rank_backbones(1000, 10, size=28, bs=32, seconds=1200, weights_dir=folder, names=names)
     assert [o.passed_over for o in rows] == ['not at 28 px', '']
 
 

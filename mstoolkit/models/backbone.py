@@ -83,8 +83,9 @@ def weights_place(
     return f'model.safetensors from https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url
 
 def _no_download(name: str, why: str) -> ConnectionError:
+    place = weights_place(get_pretrained_cfg(name))
     return ConnectionError(f"cannot download the pretrained weights of {name!r} ({why}): "
-                           f"fetch {weights_place(get_pretrained_cfg(name))} elsewhere and load the file with weights_file= (--weights-file), "
+                           f"fetch {place} elsewhere and load the file with weights_file= (--weights-file), "
                            "or start from random weights with pretrained=False (--no-pretrained)")
 
 def _pretrained_kw(name: str) -> dict:
