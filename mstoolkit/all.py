@@ -23,7 +23,9 @@ from .models.fold import fold_batchnorms
 from .models.fusion import *
 from .models.split import *
 from .losses import *
+from .callback.average import EMA
 from .callback.balance import *
+from .callback.budget import Budget
 from .callback.checkpoint import *
 from .callback.core import *
 from .callback.mix import *
@@ -39,6 +41,7 @@ from .evaluate.interpret import palette
 from .evaluate.stats import verdicts
 from .learner import *
 from .classifier import *
+from .plan import auto_recipe, data_facts
 from .train import *
 from .predict import *
 from .report import *

@@ -58,7 +58,7 @@ def test_the_walk_sees_imports_of_every_form():
 
 
 def test_the_root_stays_small():
-    assert len(list(LIB.glob('*.py'))) <= 16
+    assert len(list(LIB.glob('*.py'))) <= 17
 
 
 def test_lines_breathe():

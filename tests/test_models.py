@@ -4,6 +4,7 @@ import pickle
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -289,15 +290,27 @@ def test_hub_offline_switch(no_cache, monkeypatch):
     with pytest.raises(ConnectionError, match='HF_HUB_OFFLINE'): TimmStages('resnet18')
 
 
-def test_cached_weights_need_no_network(no_cache, monkeypatch, tmp_path):
+# timm has a loader of its own for what stands at the url of the second, an .npz; the hub keeps it as plain safetensors
+@pytest.mark.parametrize('name,key', [('resnet10t', 'layer4.0.conv1.weight'),
+                                      ('vit_tiny_patch16_224.augreg_in21k_ft_in1k', 'blocks.0.attn.qkv.weight')])
+def test_cached_weights_need_no_network(name, key, no_cache, monkeypatch, tmp_path):
     monkeypatch.setattr(no_cache, 'ENDPOINT', 'http://127.0.0.1:9')
-    full, cfg = timm.create_model('resnet10t'), timm.get_pretrained_cfg('resnet10t')
+    full, cfg = timm.create_model(name), timm.get_pretrained_cfg(name)
     snapshot = tmp_path/'hub'/f"models--{cfg.hf_hub_id.replace('/', '--')}"
     (snapshot/'refs').mkdir(parents=True); (snapshot/'refs'/'main').write_text('0'*40)
     (snapshot/'snapshots'/('0'*40)).mkdir(parents=True)
     save_file(full.state_dict(), snapshot/'snapshots'/('0'*40)/'model.safetensors')
-    body = TimmStages('resnet10t')
-    assert torch.equal(body.net.layer4[0].conv1.weight, full.layer4[0].conv1.weight)
+    loaded = {canonical_key(k): v for k, v in TimmStages(name).net.state_dict().items()}
+    assert torch.equal(loaded[canonical_key(key)], full.state_dict()[key])
+
+
+def test_torchs_checkpoints_count_as_cached(no_cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(no_cache, 'ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path/'torch'))
+    full, cfg = timm.create_model('resnet18.a1_in1k'), timm.get_pretrained_cfg('resnet18.a1_in1k')
+    (tmp_path/'torch'/'checkpoints').mkdir(parents=True)
+    torch.save(full.state_dict(), tmp_path/'torch'/'checkpoints'/Path(cfg.url).name)
+    assert torch.equal(TimmStages('resnet18.a1_in1k').net.layer4[0].conv1.weight, full.layer4[0].conv1.weight)
 
 
 def test_no_pretrained_weights_at_all():

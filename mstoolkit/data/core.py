@@ -6,8 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.core.html.md"""
 
 # %% auto #0
 __all__ = ['AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageLoaders', 'ImageDatasets', 'ImageDL', 'default_workers',
-           'unreadable_images', 'image_dls', 'get_stats', 'set_stats', 'input_size', 'set_size', 'valid_size',
-           'image_loader']
+           'unreadable_images', 'image_dls', 'settled_samples', 'get_stats', 'set_stats', 'input_size', 'set_size',
+           'valid_size', 'image_loader']
 
 # %% ../../nbs/170_data.core.ipynb #a64ad69d
 import os
@@ -338,7 +338,7 @@ def image_dls(
     if bs < 1 or (num_workers or 0) < 0:
         raise ValueError(f"bs is {bs} and num_workers {num_workers}: give 1 or more, and 0 or more")
     source = data_source(path, **source)
-    names, tr, va, left_out = _samples(source, seed)
+    names, tr, va, left_out = settled_samples(source, seed)
     device = default_device() if device is None else torch.device(device)
     on_device = colour_on == 'device' or colour_on == 'auto' and device.type == 'cuda'
     train_tfm, colour = _train_tfms(augment, size, on_device)
@@ -348,8 +348,11 @@ def image_dls(
     dls.left_out = left_out
     return dls
 
-def _samples(source: DataSource, seed: int) -> tuple[list[str], list[Sample], list[Sample], dict]:
-    "Class names, training samples, validation samples, and the files left out with the reason why."
+def settled_samples(
+    source: DataSource, # what to train on
+    seed: int # of what is held out
+) -> tuple[list[str], list[Sample], list[Sample], dict]: # classes, training and validation samples; file left out → why
+    "What a training would see, without decoding an image."
     tr, va = source_samples(source)
     if source.folds and va:
         print(f"the {len(va):,} validation images of the table are not used: "
