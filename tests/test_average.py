@@ -35,13 +35,13 @@ class Steps(Callback):
 def with_norm(**kw):
     learn = tiny_learner(**kw)
     learn.model.insert(2, nn.BatchNorm1d(8))
+    learn.splitter = lambda m: list(m.parameters())
     return learn
 
 
 @pytest.mark.parametrize('kw', [dict(lag=.1), dict(lag=.5), dict(decay=.9)], ids=str)
 def test_is_the_average_of_steps_and_buffers(kw):
-    learn, steps = with_norm(splitter=None), Steps()
-    learn.splitter = lambda m: list(m.parameters())
+    learn, steps = with_norm(), Steps()
     with quiet(learn): learn.fit(3, 1e-2, cbs=[steps, EMA(raw=False, **kw)])
     want = steps.seen[0]
     for t, s in enumerate(steps.seen[1:], 2):
@@ -65,8 +65,8 @@ def test_the_better_is_in_the_table_in_the_file_and_in_the_end(tmp_path, lr):
         learn = tiny_learner(tmp_path, cbs=[RunHistory()])
         with quiet(learn): learn.fit(4, lr, cbs=[EMA(raw=raw), KeepBest(file=tmp_path/f'{raw}.safetensors')])
         both[raw] = learn
-        with quiet(learn): loss, accuracy = learn.validate()
-        best = max((o['accuracy'], -o['valid_loss']) for o in learn.run_history.rows)
+        with quiet(learn): loss, accuracy = map(float, learn.validate())
+        best = max((float(o['accuracy']), -float(o['valid_loss'])) for o in learn.run_history.rows)
         assert (accuracy, -loss) == pytest.approx(best, abs=1e-5)
         kept = load_file(tmp_path/f'{raw}.safetensors')
         assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in kept.items())

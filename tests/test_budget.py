@@ -124,29 +124,32 @@ class KillAt(Callback):
 
 def run(folder, clock, *cbs, minutes=2., resume=False):
     learn = tiny_learner(folder, cbs=[RunHistory()])
-    fit(learn, Budget(minutes), keep := KeepBest(file=folder/'best.safetensors'), EarlyStop(patience=999), EMA(),
+    fit(learn, budget := Budget(minutes), keep := KeepBest(file=folder/'best.safetensors'), EarlyStop(patience=999), EMA(),
         Checkpoint(folder/'state.pt', resume=resume), Work(clock, valid=.1), *cbs, how='fine_tune')
-    return learn, keep
+    return learn, keep, budget
 
 
 @pytest.mark.parametrize('at', [3, 13, 30, 60, 100])
 def test_resumed_it_has_what_is_left(clock, tmp_path, at):
     with pytest.raises(Killed): run(tmp_path, clock, KillAt(at))
     if not (tmp_path/'state.pt').exists(): return  # nothing had ended
-    stopped, clock.now = clock.now, clock.now + 1000  # the time in between does not count
-    learn, keep = run(tmp_path, clock, resume=True)
-    saved = stopped + 1000
-    assert clock.now - saved <= 121 and stopped + clock.now - saved >= 110
+    clock.now += 1000  # the time in between does not count
+    learn, keep, budget = run(tmp_path, clock, resume=True)
+    assert 112 <= budget.used <= 122
     rows = learn.run_history.rows
     assert [o['epoch'] for o in rows] == list(range(1, len(rows)+1)) and keep.best == max(o['accuracy'] for o in rows if 'accuracy' in o)
 
 
 def test_a_larger_budget_plans_the_rest_anew(clock, tmp_path):
-    with pytest.raises(Killed): run(tmp_path, clock, KillAt(60))
-    before = clock.now
-    learn, _ = run(tmp_path, clock, minutes=4., resume=True)
-    assert 225 <= clock.now <= 245 and before < 120
-    assert max(learn.recorder.lrs[65:]) > learn.recorder.lrs[-1]
+    with pytest.raises(Killed): run(tmp_path, clock, KillAt(100))
+    learn, _, budget = run(tmp_path, clock, minutes=4., resume=True)
+    assert 230 <= budget.used <= 244 and sum(o['phase'] == 'frozen' for o in learn.run_history.rows) == 1
+
+
+def test_an_ended_run_has_no_time_left(clock, tmp_path):
+    whole, *_ = run(tmp_path, clock)
+    learn, _, budget = run(tmp_path, clock, resume=True)
+    assert len(learn.run_history.rows) == len(whole.run_history.rows) and budget.used <= 123
 
 
 def test_a_callback_of_its_own_and_its_progress(clock, capsys):
