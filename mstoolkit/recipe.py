@@ -199,6 +199,9 @@ class Recipe(PlainData):
     colour_on:str = option('auto', str, 'Machine',
                            "where colour jitter and erasing run: workers, device, or auto: a GPU does it",
                            choices=('auto', 'workers', 'device'))
+    recompute:bool = option(False, bool, 'Machine',
+                            "compute activations again in the backward pass instead of keeping them: less memory, "
+                            "about a third slower")
     compile:bool = option(False, bool, 'Machine',
                           "compile the network with torch.compile; pays on long runs, mostly on GPUs")
     precision:str = option('auto', str, 'Machine',

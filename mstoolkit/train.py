@@ -90,7 +90,7 @@ def recipe_learner(
     cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
                            n_stages=r.n_stages, loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
-                           wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs)
+                           wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs, recompute=r.recompute)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
     if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are

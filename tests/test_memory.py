@@ -1,0 +1,116 @@
+"What keeps a training within its memory: activations computed again."
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from mstoolkit.cli import main
+from mstoolkit.data.core import image_dls
+from mstoolkit.learner import fusion_learner
+from mstoolkit.models.backbone import TimmStages
+from mstoolkit.models.fold import fold_batchnorms
+from mstoolkit.models.fusion import multiscale_model
+from mstoolkit.recipe import Recipe
+from mstoolkit.train import train
+from tiny import quiet
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# activations computed again
+
+def trained(name, recompute, **kw):
+    "The state of a network after three steps, and the maps that it keeps in one."
+    torch.manual_seed(0)
+    model = multiscale_model(name, 'gated', 5, pretrained=False, drop=0., **kw).train()
+    if recompute: model[0].recompute().recompute()
+    opt, kept = torch.optim.SGD(model.parameters(), .05, momentum=.9), []
+    for _ in range(3):
+        x = torch.randn(4, 3, 64, 64)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t): loss = model(x).square().mean()
+        loss.backward(); opt.step(); opt.zero_grad()
+    return model.state_dict(), sum(kept)
+
+
+@pytest.mark.parametrize('name,kw', [
+    ('resnet18', {}), ('resnest14d', {}), ('test_efficientnet', {}), ('test_byobnet', {}), ('test_convnext', {}), ('regnety_002', {}),
+    ('test_vit', dict(img_size=64)), ('swin_tiny_patch4_window7_224', dict(img_size=64)), ('densenet121', {}), ('xception41', {})])
+def test_computing_again_trains_to_the_same_bits(name, kw):
+    "Weights and running statistics: a norm that ran twice would have counted each batch twice."
+    (plain, all_), (again, some) = trained(name, False, **kw), trained(name, True, **kw)
+    assert same(plain, again) and some < .9*all_
+
+
+def test_drop_path_is_drawn_once():
+    "What is dropped the first time is dropped the second time."
+    def grads(recompute):
+        torch.manual_seed(0)
+        body = TimmStages('test_convnext', pretrained=False).train()
+        for m in body.modules():
+            if hasattr(m, 'drop_path'): m.drop_path = torch.nn.Dropout(.5)
+        if recompute: body.recompute()
+        sum(o.square().mean() for o in body(torch.randn(4, 3, 64, 64))).backward()
+        return {k: p.grad for k, p in body.named_parameters() if p.grad is not None}
+    assert same(grads(False), grads(True))
+
+
+def test_norms_count_again_after_the_backward_pass():
+    model = multiscale_model('resnet18', 'gated', 5, pretrained=False).train()
+    model[0].recompute()
+    for n in (1, 2):
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+        assert {int(v) for k, v in model.state_dict().items() if k.startswith('0.') and k.endswith('num_batches_tracked')} == {n}
+    assert not any(hasattr(m, 'counted') for m in model.modules())
+    copied = deepcopy(model).eval()
+    x = torch.randn(4, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(fold_batchnorms(copied, x)(x), copied(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['hrnet_w18_small', 'pit_ti_224', 'twins_svt_small', 'crossvit_9_240'])
+def test_a_backbone_that_cannot_says_so(name):
+    "Those that timm refuses, and one where its switch changes nothing."
+    with pytest.raises(ValueError, match=f"cannot compute the activations of '{name}' again: leave out recompute"):
+        TimmStages(name, pretrained=False).recompute()
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_a_learner_that_computes_again(frozen, image_folder, tmp_path):
+    def run(**kw):
+        torch.manual_seed(0)
+        dls = image_dls(image_folder, size=32, bs=8, augment='none', num_workers=0, device='cpu')
+        learn = fusion_learner(dls, 'test_resnet', pretrained=False, path=tmp_path, **kw)
+        if frozen: learn.freeze()
+        with quiet(learn): learn.fit(2, 1e-2)
+        return learn.model.state_dict()
+    assert same(run(), run(recompute=True))
+
+
+def test_recompute_as_a_recipe_field(image_folder, tiny_options, tiny, tmp_path, capsys):
+    assert Recipe(recompute=True).options() == ['--recompute'] and 'recompute = true' in Recipe(recompute=True).to_toml()
+    plain = dict(precision='fp32', memory_format='contiguous')
+    learn = train(Recipe(**tiny, **plain, recompute=True), image_folder, tmp_path/'a')
+    assert learn.model[0].recomputes and same(learn.model.state_dict(), train(Recipe(**tiny, **plain), image_folder, tmp_path/'b').model.state_dict())
+    assert main(['train', str(image_folder), *tiny_options, '--backbone', 'hrnet_w18_small', '--recompute', '--out', str(tmp_path/'c')]) == 2
+    assert "leave out recompute" in capsys.readouterr().err and not (tmp_path/'c').exists()
+
+
+PEAK = """
+import resource, sys, torch
+from mstoolkit.models.fusion import multiscale_model
+model = multiscale_model('resnet50', 'gated', 5, pretrained=False).train()
+if sys.argv[1] == 'again': model[0].recompute()
+for p in model.parameters(): p.grad = torch.zeros_like(p)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(torch.randn(int(sys.argv[2]), 3, int(sys.argv[3]), int(sys.argv[3]))).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ru_maxrss is in other units elsewhere')
+def test_computing_again_takes_less_memory():
+    peak = lambda how: int(subprocess.run([sys.executable, '-c', PEAK, how, '8', '160'], capture_output=True, text=True, check=True).stdout)
+    assert peak('again') < .75*peak('all')
