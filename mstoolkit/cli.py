@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import RunError, check_new, counted, import_plugins, share_processors, write_text
+from .core import RunError, check_new, counted, import_plugins, out_of_memory, share_processors, write_text
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
@@ -341,9 +341,6 @@ def _one_line(e: Exception) -> str:
     text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text) # fastai's, before a callback's words
     return ' '.join(text.split())
 
-def _no_memory(e: Exception) -> bool:
-    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(re.search('out of memory|not enough memory', str(e)))
-
 def _bad_value(text: str, args: list[str]|None) -> str: # the same with the value, which typer leaves out
     m = re.search(r"Invalid value for '(--[\w-]+)'", text)
     words = sys.argv[1:] if args is None else args
@@ -362,7 +359,7 @@ def _answer(e: Exception, args: list[str]|None) -> int: # exit code
     if isinstance(e, (ValueError, OSError, ImportError, RunError)):
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)
         return 2
-    if _no_memory(e):
+    if out_of_memory(e):
         print(f'mstoolkit: no memory is left ({_one_line(e)[:120]}): choose a smaller --bs or --size', file=sys.stderr)
         return 2
     print(f'mstoolkit: a mistake of ours, {type(e).__name__}: {_one_line(e)[:300]}; please report it with what '

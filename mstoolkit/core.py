@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
            'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'end_with_parent',
-           'keep_freed_memory', 'cpu_quota', 'share_processors', 'others_at_work']
+           'keep_freed_memory', 'out_of_memory', 'cpu_quota', 'share_processors', 'others_at_work']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -271,6 +271,14 @@ def keep_freed_memory() -> bool: # whether this C library could be told
     except (OSError, AttributeError): return False  # musl and others have no such switch
     trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
     return all([mallopt(mmap, 32*2**20 - 1), mallopt(trim, 2**31 - 1), mallopt(top_pad, 64*2**20)])
+
+# %% ../nbs/010_core.ipynb #f0022f1a
+def out_of_memory(
+    e: BaseException # what was raised
+) -> bool: # torch has a type for that on GPUs alone
+    "Whether an error says that no memory is left."
+    said = r"out of memory|not enough memory|can't allocate memory" # by CUDA; on a CPU, by Windows and by others
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(re.search(said, str(e)))
 
 # %% ../nbs/010_core.ipynb #83e038af
 def cpu_quota(

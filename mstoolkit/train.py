@@ -9,6 +9,7 @@ __all__ = ['optimizers', 'losses', 'schedules', 'recipe_dls', 'recipe_learner', 
 
 # %% ../nbs/710_train.ipynb #d5c02dbd
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -34,15 +35,15 @@ from .callback.schedule import fit_warm_restarts
 from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import KeepModel
-from .core import (atomic_path, check_new, keep_freed_memory, new_folder, pick_device, seed_everything,
-                            signals_wait, write_text)
+from .core import (RunError, atomic_path, check_new, keep_freed_memory, new_folder, out_of_memory, pick_device,
+                            seed_everything, signals_wait, write_text)
 from .data.check import check_samples
 from .data.core import image_dls
 from .data.sources import DataSource, class_roots, data_source, left_aside
 from .evaluate.interpret import plot_curves, valid_predictions
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
-from .models.arithmetic import check_precision, layouts, precisions
+from .models.arithmetic import check_precision, fast_precisions, layouts, precisions
 from .recipe import Recipe, check_choices, load_recipe
 from .runs import (beginnings, clear_leftovers, clear_stillborn, environment, free_run_folder, one_writer,
                             run_file, stopped_run, write_env)
@@ -162,6 +163,14 @@ def _quick_check(dls: DataLoaders, source: DataSource):
         raise ValueError(f"{bad[0].text}; the first: {': '.join(bad[0].files[0])}. "
                          f"`mstoolkit check {dls.path}` lists all; on_bad='skip' (--on-bad skip) leaves them out")
 
+# %% ../nbs/710_train.ipynb #c9a5c6ad
+def _what_fits(r: Recipe, learn: Learner) -> str:
+    "What to do where a step has found no memory."
+    half, dev = 2**int(math.log2(r.bs-1)) if r.bs > 2 else 0, learn.dls.device # the next power of two below
+    ways = [f'--bs {half}' if half else '', '' if r.recompute else '--recompute (a third slower)', f'--size below {r.size}',
+            *(f'--precision {p}' for p in fast_precisions(dev)[1:] if learn.arithmetic.way[0] == 'fp32')]
+    return f"no memory is left for batches of {r.bs} images of {r.size} px on {dev}: choose {', '.join(filter(None, ways))}"
+
 # %% ../nbs/710_train.ipynb #1ab04693
 def _draw(learn: Learner, run: Path, monitor: str):
     "Draw the curves of the epochs that have ended."
@@ -178,6 +187,9 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     done = checkpoint.saved['learner']['callbacks']['run_history']['rows'] if resume else []
     if done: print(f"going on after epoch {len(done)}", flush=True)
     try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *(cbs or [])])
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e): raise
+        raise RunError(_what_fits(r, learn)) from e
     finally: _draw(learn, run, r.monitor)
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
     (precision, layout), took = learn.arithmetic.way, learn.arithmetic.took

@@ -1,11 +1,13 @@
-"What keeps a training within its memory: activations computed again."
+"What keeps a training within its memory: activations computed again, errors that say what fits."
 import subprocess
 import sys
 from copy import deepcopy
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 from mstoolkit.cli import main
+from mstoolkit.core import RunError, out_of_memory
 from mstoolkit.data.core import image_dls
 from mstoolkit.learner import fusion_learner
 from mstoolkit.models.backbone import TimmStages
@@ -116,3 +118,63 @@ print(peak() - before)
 def test_computing_again_takes_less_memory():
     peak = lambda how: int(subprocess.run([sys.executable, '-c', PEAK, how], capture_output=True, text=True, check=True).stdout)
     assert peak('again') < .8*peak('all')
+
+
+# no memory
+
+ERRORS = [MemoryError('Unable to allocate 2 GiB'), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'),
+          RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+
+
+class Full(Callback):
+    "No memory at some point of a step."
+    def __init__(self, error, epoch=0, event='after_pred'): self.error, self.at = error, epoch; setattr(self, event, self.fail)
+    def fail(self):
+        if self.training and self.epoch == self.at: raise self.error
+
+
+@pytest.mark.parametrize('error', ERRORS, ids=lambda e: type(e).__name__)
+def test_a_step_without_memory_says_what_fits(error, image_folder, tiny, tmp_path):
+    assert out_of_memory(error)
+    with pytest.raises(RunError) as e: train(Recipe(**tiny, precision='fp32'), image_folder, tmp_path/'run', cbs=[Full(error)])
+    assert str(e.value).startswith('no memory is left for batches of 8 images of 32 px on cpu: choose --bs 4, --recompute (a third slower), --size below 32')
+    assert e.value.__cause__ is error and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('kw,words', [
+    (dict(bs=2), 'choose --recompute'), (dict(bs=12), 'choose --bs 8, '), (dict(recompute=True), 'choose --bs 4, --size below 32'),
+    (dict(precision='bf16'), 'below 32$'), (dict(precision='fp32'), 'below 32, --precision bf16$')])
+def test_what_is_offered_is_what_is_left(kw, words, image_folder, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr('mstoolkit.train.fast_precisions', lambda device: ['fp32', 'bf16'])
+    with pytest.raises(RunError, match=words): train(Recipe(**tiny | kw), image_folder, tmp_path/'run', cbs=[Full(MemoryError('none'))])
+
+
+def test_another_error_stays_what_it_is(image_folder, tiny, tmp_path):
+    with pytest.raises(RuntimeError, match='shapes do not fit'):
+        train(Recipe(**tiny), image_folder, tmp_path/'run', cbs=[Full(RuntimeError('shapes do not fit'))])
+
+
+def test_what_was_trained_before_is_kept(image_folder, tiny, tmp_path, capsys):
+    with pytest.raises(RunError): train(Recipe(**tiny | dict(epochs=3)), image_folder, tmp_path/'run', cbs=[Full(MemoryError('none'), epoch=1)])
+    assert 'to go on after the last finished epoch' in capsys.readouterr().out and (tmp_path/'run'/'model.safetensors').is_file()
+
+
+LIMITED = """
+import resource, sys
+from mstoolkit.cli import main
+import torch, mstoolkit.train
+torch.set_num_threads(1)
+own = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (own + 900*2**20,)*2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the address space')
+def test_a_machine_that_is_too_small(image_folder, tmp_path):
+    "A real one: the process may take 900 MB more."
+    options = '--backbone resnet50 --no-pretrained --size 384 --bs 24 --num-workers 0 --device cpu --augment none --precision fp32'.split()
+    p = subprocess.run([sys.executable, '-c', LIMITED, 'train', str(image_folder), *options, '--out', str(tmp_path/'run')], capture_output=True, text=True)
+    assert p.returncode == 2 and p.stderr.strip().splitlines()[-1].startswith(
+        'mstoolkit: no memory is left for batches of 24 images of 384 px on cpu: choose --bs 16, --recompute (a third slower), --size below 384'), p.stderr
+    assert not (tmp_path/'run').exists()
