@@ -66,15 +66,19 @@ def _range(v: str) -> float|tuple:
     if not 1 <= len(parts) <= 2: raise ValueError(f"{v!r} is neither a number nor a range such as 0.8,1.2")
     return parts if len(parts) == 2 else parts[0]
 
+def _number(v: str) -> int|str:
+    "Parse `'32'`; a word is the recipe's to check."
+    return int(v) if re.fullmatch(r'-?\d+', v) else v
+
 def _option(f, panel: str) -> inspect.Parameter:
     "The command-line option of field `f`; it has no default of its own, the recipe has."
     m, flag = f.metadata, f.name.replace('_', '-')
     names = [f'--{flag}/--no-{flag}'] if m['kind'] is bool else [f'--{flag}']
     known = m['choices'] or _names.get(f.name)
     opt = typer.Option(*names, help=m['help'], rich_help_panel=panel.format(**m), show_default=False,
-                       metavar='|'.join(m['choices']) if m['choices'] else None,
+                       metavar='|'.join(m['choices']) if m['choices'] else f"INTEGER|{m['word']}" if m['word'] else None,
                        autocompletion=_complete(known) if known else None)
-    kind = Optional[_types[m['kind']]]
+    kind = Optional[str if m['word'] else _types[m['kind']]]
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, opt])
 
 # %% ../nbs/810_cli.ipynb #e6430856
@@ -90,7 +94,7 @@ def plain_options(
         def command(**kw):
             for k, fs in own.items():
                 given = {o: kw.pop(o.name) for o in fs}
-                kw[k] = {o.name: _range(v) if o.metadata['kind'] is tuple else v
+                kw[k] = {o.name: _range(v) if o.metadata['kind'] is tuple else _number(v) if o.metadata['word'] else v
                          for o, v in given.items() if v is not None}
             return f(**kw)
         rest = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values() if p.name not in kinds]

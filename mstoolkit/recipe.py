@@ -43,10 +43,11 @@ def option(
     hi: float|None = None, # largest value
     above: float|None = None, # every value is larger than this
     choices: tuple|None = None, # the values there are
+    word: str|None = None, # a text that may stand instead of a number
     **field_kw: Any # further arguments of `dataclasses.field`
 ) -> Any: # what stands behind the `=` of the field
     "A field of a `PlainData`."
-    meta = dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices)
+    meta = dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices, word=word)
     return field(default=default, metadata=meta, **field_kw)
 
 # %% ../nbs/410_recipe.ipynb #39e23f3e
@@ -56,8 +57,9 @@ def _checked(
     m: dict # the field's metadata
 ): # `v` as the field's own type
     "Return `v` as the field's type, or raise a `ValueError` that names the field, the bad value and the good ones."
-    kind, lo, hi, above = m['kind'], m['lo'], m['hi'], m['above']
-    if not _is(v, kind): raise ValueError(f"{name} is {v!r}: give {_kinds[kind]}")
+    kind, lo, hi, above, word = m['kind'], m['lo'], m['hi'], m['above'], m['word']
+    if word and v == word: return v
+    if not _is(v, kind): raise ValueError(f"{name} is {v!r}: give {_kinds[kind]}{f', or {word!r}' if word else ''}")
     if m['choices']: choice(v, m['choices'], f'value of {name}:')
     for o in (v if isinstance(v, (tuple, list)) else [v]):
         if lo is not None and o < lo: raise ValueError(f"{name} is {v!r}: give {lo} or more")
@@ -163,7 +165,7 @@ class Recipe(PlainData):
     freeze_epochs:int = option(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
-    bs:int = option(32, int, 'Training', "images in a batch", lo=2)
+    bs:int|str = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')
     lr:float = option(1e-4, float, 'Training', "peak learning rate", above=0)
     wd:float = option(1e-5, float, 'Training', "weight decay", lo=0)
     opt:str = option('adam', str, 'Training', "torch's adam (L2 penalty), adamw (decoupled decay) or sgd (momentum .9)",
