@@ -167,7 +167,7 @@ def threads(o):
     alone = rates['as torch has it'][0]
     return '\n'.join(['| threads wait | alone ÷ alone as torch has it | each of two at once ÷ half of one alone |', '|---|---|---|',
                       *(f'| `{k}` | {ratios(a, alone):.2f} | {2*ratios(b, alone):.2f} |' for k, (a, b) in rates.items()), '',
-                      'resnet18, batch of 16, 128 px, fp32, channels last; each with a thread a processor. The command line sets `GOMP_SPINCOUNT=10000`.'])
+                      'resnet18, batch of 16, 128 px, fp32, channels last; each with a thread a processor. The command line sets `GOMP_SPINCOUNT=1000`.'])
 
 
 PARTS = dict(arithmetic=('Forward and backward, by arithmetic', arithmetic), report=("Report A's training step", report),

@@ -109,6 +109,8 @@ def study_jobs(
 ) -> list[Job]: # seed by seed, so that an interrupted study has all cells of its first seeds
     "The runs of a study."
     cells = {c: Recipe.from_dict(dict(d, name=c), base) for c, d in study.cells.items()}
+    if any(r.bs == 'auto' for r in cells.values()):
+        raise ValueError("bs is 'auto', and runs that are compared need batches of one size: give a whole number")
     return [Job(c, replace(r, seed=s), seed_folder(out, c, s)) for s in range(seeds) for c, r in cells.items()]
 
 # %% ../nbs/740_ablation.ipynb #333762d4

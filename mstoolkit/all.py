@@ -20,6 +20,7 @@ from .data.image import read_image
 from .data.make import *
 from .models.backbone import *
 from .models.fold import fold_batchnorms
+from .models.memory import largest_batch
 from .models.fusion import *
 from .models.split import *
 from .losses import *

@@ -25,8 +25,8 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .core import (RunError, check_new, counted, import_plugins, others_at_work, pick_device, process_age,
-                            share_processors, write_text)
+from .core import (RunError, check_new, counted, import_plugins, others_at_work, out_of_memory, pick_device,
+                            process_age, share_processors, write_text)
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
@@ -67,16 +67,20 @@ def _range(v: str) -> float|tuple:
     if not 1 <= len(parts) <= 2: raise ValueError(f"{v!r} is neither a number nor a range such as 0.8,1.2")
     return parts if len(parts) == 2 else parts[0]
 
+def _number(v: str) -> int|str:
+    "Parse `'32'`; a word is the recipe's to check."
+    return int(v) if re.fullmatch(r'-?\d+', v) else v
+
 def _option(f, panel: str) -> inspect.Parameter:
     "The command-line option of field `f`; it has no default of its own, the recipe has."
     m, flag = f.metadata, f.name.replace('_', '-')
     names = [f'--{flag}/--no-{flag}'] if m['kind'] is bool else [f'--{flag}']
     known = m['choices'] or _names.get(f.name)
     opt = typer.Option(*names, help=m['help'], rich_help_panel=panel.format(**m), show_default=False,
-                       metavar='|'.join(m['choices']) if m['choices'] else None,
+                       metavar='|'.join(m['choices']) if m['choices'] else f"INTEGER|{m['word']}" if m['word'] else None,
                        autocompletion=_complete(known) if known else None)
-    kind = Optional[_types[m['kind']]]
-    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, opt])
+    kind = str if m['word'] else _types[m['kind']]
+    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], opt])
 
 # %% ../nbs/810_cli.ipynb #e6430856
 def plain_options(
@@ -91,7 +95,7 @@ def plain_options(
         def command(**kw):
             for k, fs in own.items():
                 given = {o: kw.pop(o.name) for o in fs}
-                kw[k] = {o.name: _range(v) if o.metadata['kind'] is tuple else v
+                kw[k] = {o.name: _range(v) if o.metadata['kind'] is tuple else _number(v) if o.metadata['word'] else v
                          for o, v in given.items() if v is not None}
             return f(**kw)
         rest = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values() if p.name not in kinds]
@@ -389,9 +393,6 @@ def _one_line(e: Exception) -> str:
     text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text) # fastai's, before a callback's words
     return ' '.join(text.split())
 
-def _no_memory(e: Exception) -> bool:
-    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(re.search('out of memory|not enough memory', str(e)))
-
 def _bad_value(text: str, args: list[str]|None) -> str: # the same with the value, which typer leaves out
     m = re.search(r"Invalid value for '(--[\w-]+)'", text)
     words = sys.argv[1:] if args is None else args
@@ -410,7 +411,7 @@ def _answer(e: Exception, args: list[str]|None) -> int: # exit code
     if isinstance(e, (ValueError, OSError, ImportError, RunError)):
         print(f'mstoolkit: {_one_line(e)}', file=sys.stderr)
         return 2
-    if _no_memory(e):
+    if out_of_memory(e):
         print(f'mstoolkit: no memory is left ({_one_line(e)[:120]}): choose a smaller --bs or --size', file=sys.stderr)
         return 2
     print(f'mstoolkit: a mistake of ours, {type(e).__name__}: {_one_line(e)[:300]}; please report it with what '

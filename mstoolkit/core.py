@@ -7,7 +7,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
            'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'end_with_parent',
-           'keep_freed_memory', 'cpu_quota', 'share_processors', 'others_at_work', 'process_age']
+           'keep_freed_memory', 'out_of_memory', 'free_memory', 'cpu_quota', 'share_processors', 'others_at_work',
+           'process_age']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -272,6 +273,29 @@ def keep_freed_memory() -> bool: # whether this C library could be told
     trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
     return all([mallopt(mmap, 32*2**20 - 1), mallopt(trim, 2**31 - 1), mallopt(top_pad, 64*2**20)])
 
+# %% ../nbs/010_core.ipynb #f0022f1a
+def out_of_memory(
+    e: BaseException # what was raised
+) -> bool: # torch has a type for that on GPUs alone
+    "Whether an error says that no memory is left."
+    said = r"out of memory|not enough memory|can't allocate memory" # by CUDA; on a CPU, by Windows and by others
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(re.search(said, str(e)))
+
+# %% ../nbs/010_core.ipynb #a08edfd5
+def free_memory(
+    root: str|Path = '/sys/fs/cgroup', # where Linux shows what a container may use
+    info: str|Path = '/proc/meminfo' # and what the machine has
+) -> int|None: # bytes; `None` where the system does not tell
+    "How much more memory this process may take: the machine's, within the container's limit."
+    try: free = [1024*int(re.search(r'MemAvailable:\s+(\d+)', Path(info).read_text())[1])]
+    except (OSError, TypeError): return None
+    for limit, used in ('memory.max', 'memory.current'), ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'):
+        with contextlib.suppress(OSError, ValueError): # no such file, or 'max'
+            most, now = (int(Path(root, o).read_text()) for o in (limit, used))
+            files = re.findall(r'^(?:in)?active_file (\d+)', Path(root, limit).with_name('memory.stat').read_text(), re.M)
+            free.append(max(0, most - now + sum(map(int, files))))
+    return min(free)
+
 # %% ../nbs/010_core.ipynb #83e038af
 def cpu_quota(
     root: str|Path = '/sys/fs/cgroup' # where Linux shows what a container may use
@@ -287,8 +311,8 @@ def share_processors(
 ):
     "Let threads that wait give up their processor soon, and have no more of them than the container allows."
     set_already = {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & set(env)
-    # a tenth of a millisecond of asking, and the least that LLVM's library knows above none, in milliseconds
-    if not set_already: env.update(GOMP_SPINCOUNT='10000', KMP_BLOCKTIME='1')
+    # some thousandths of a millisecond of asking: measured to cost a training alone nothing (benchmarks/step.md); and the least that LLVM's library knows above none, in milliseconds
+    if not set_already: env.update(GOMP_SPINCOUNT='1000', KMP_BLOCKTIME='1')
     if 'OMP_NUM_THREADS' not in env and (n := cpu_quota()): env['OMP_NUM_THREADS'] = str(n)
 
 # %% ../nbs/010_core.ipynb #405c5248

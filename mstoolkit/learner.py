@@ -46,6 +46,7 @@ def fusion_learner(
     cbs: Callback|list[Callback]|None = None, # callbacks for every fit; those for one go to the fit
     head_kw: dict|None = None, # further options of the head: `dict(drop=.5)`
     timm_kw: dict|None = None, # further options of the backbone, as `timm.create_model` takes them: `dict(drop_path_rate=.1)`
+    recompute: bool = False, # compute activations again in the backward pass instead of keeping them: less memory, a third slower
     **learner_kw: Any # further options of `fastai.learner.Learner`: lr, wd, path, model_dir, moms, train_bn
 ) -> Learner: # frozen to the head when pretrained
     "A `Learner` for a multi-scale classifier on a timm backbone, with one parameter group for each stage."
@@ -53,6 +54,7 @@ def fusion_learner(
     if not n_out: raise ValueError("the number of classes is not known from `dls`: give n_out=")
     model = multiscale_model(backbone, head, n_out, pretrained=pretrained, weights_file=weights_file, n_stages=n_stages,
                              img_size=input_size(dls), timm_kw=timm_kw, **(head_kw or {}))
+    if recompute: model[0].recompute()
     if normalize: set_stats(dls, model[0].mean, model[0].std)
     learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func,
                     splitter=stage_splitter, metrics=metrics, cbs=[RunHistory(), KeepWorkers(), FrozenBody(), *listify(cbs)],

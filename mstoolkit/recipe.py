@@ -44,10 +44,11 @@ def option(
     hi: float|None = None, # largest value
     above: float|None = None, # every value is larger than this
     choices: tuple|None = None, # the values there are
+    word: str|None = None, # a text that may stand instead of a number
     **field_kw: Any # further arguments of `dataclasses.field`
 ) -> Any: # what stands behind the `=` of the field
     "A field of a `PlainData`."
-    meta = dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices)
+    meta = dict(kind=kind, group=group, help=help, lo=lo, hi=hi, above=above, choices=choices, word=word)
     return field(default=default, metadata=meta, **field_kw)
 
 # %% ../nbs/410_recipe.ipynb #39e23f3e
@@ -57,8 +58,9 @@ def _checked(
     m: dict # the field's metadata
 ): # `v` as the field's own type
     "Return `v` as the field's type, or raise a `ValueError` that names the field, the bad value and the good ones."
-    kind, lo, hi, above = m['kind'], m['lo'], m['hi'], m['above']
-    if not _is(v, kind): raise ValueError(f"{name} is {v!r}: give {_kinds[kind]}")
+    kind, lo, hi, above, word = m['kind'], m['lo'], m['hi'], m['above'], m['word']
+    if word and v == word: return v
+    if not _is(v, kind): raise ValueError(f"{name} is {v!r}: give {_kinds[kind]}{f', or {word!r}' if word else ''}")
     if m['choices']: choice(v, m['choices'], f'value of {name}:')
     for o in (v if isinstance(v, (tuple, list)) else [v]):
         if lo is not None and o < lo: raise ValueError(f"{name} is {v!r}: give {lo} or more")
@@ -167,7 +169,7 @@ class Recipe(PlainData):
     freeze_share:float = option(.1, float, 'Training', "the same under minutes: the phase's share of the training time", lo=0, hi=.9)
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
-    bs:int = option(32, int, 'Training', "images in a batch", lo=2)
+    bs:int|str = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')
     accumulate:int = option(1, int, 'Training', "batches whose gradients make one step", lo=1)
     clip:float = option(0., float, 'Training', "largest norm of a step's gradients; 0 does not clip", lo=0)
     lr:float = option(1e-4, float, 'Training', "peak learning rate", above=0)
@@ -215,6 +217,9 @@ class Recipe(PlainData):
     colour_on:str = option('auto', str, 'Machine',
                            "where colour jitter and erasing run: workers, device, or auto: a GPU does it",
                            choices=('auto', 'workers', 'device'))
+    recompute:bool = option(False, bool, 'Machine',
+                            "compute activations again in the backward pass instead of keeping them: less memory, "
+                            "about a third slower")
     compile:bool = option(False, bool, 'Machine',
                           "compile the network with torch.compile; pays on long runs, mostly on GPUs")
     precision:str = option('auto', str, 'Machine',

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -189,7 +189,9 @@ def clear_stillborn(
     there = [o for o in run.iterdir() if not (o.name.startswith('.') and o.name.endswith('.tmp'))]
     if not there or not set(there) <= own or run_file(run, 'state').exists(): return
     try:
-        if file.is_file() and load_recipe(file) != recipe: return
+        if file.is_file():
+            was = load_recipe(file)
+            if was != (replace(recipe, bs=was.bs) if recipe.bs == 'auto' else recipe): return
     except ValueError: return # cut off, or somebody's own
     with one_writer(run): # nobody is at it
         clear_leftovers(run)

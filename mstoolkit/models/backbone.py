@@ -16,6 +16,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import timm
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from timm.layers import Format
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_pretrained_cfg, split_model_name_tag
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..core import choice
 
@@ -195,6 +197,7 @@ def pick_stages(
 # %% ../../nbs/210_models.backbone.ipynb #cf64125d
 class TimmStages(nn.Module):
     "The last `n_stages` feature maps of a timm backbone, shallow to deep, channels first."
+    recomputes = False # whether activations are computed again
     def __init__(self,
         name: str, # timm architecture, with or without a weights tag
         pretrained: bool = True, # load timm's pretrained weights, from the cache or the hub
@@ -232,6 +235,23 @@ class TimmStages(nn.Module):
         "The maps of `x`."
         xs = self.net(x)
         return [o.permute(0, 3, 1, 2) for o in xs] if self.channels_last else list(xs)
+
+    def recompute(self) -> 'TimmStages': # itself
+        "From now on compute activations again in the backward pass instead of keeping them; each batch counts once in the norms."
+        if self.recomputes: return self
+        kept, net = _kept(self), self.net if hasattr(self.net, 'set_grad_checkpointing') else getattr(self.net, 'model', self.net)
+        try: net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError): can = False # timm asserts that it is off, where there is none
+        else: can = kept is None or _kept(self) < kept
+        if not can:
+            raise ValueError(f"timm cannot compute the activations of {self.name!r} again: leave out recompute, and take a "
+                             "smaller batch (--bs) or smaller images (--size), or another backbone")
+        for m in self.modules():
+            if not _counts(m): continue
+            m.register_forward_pre_hook(_lend)
+            m.register_forward_hook(_take_back, always_call=True) # torch breaks off where it has what it needs
+        self.recomputes = True
+        return self
 
     def extra_repr(self) -> str: # for `repr`
         "The backbone and its maps, as torch prints them."
@@ -282,3 +302,30 @@ def check_size(
         raise ValueError(f"{stages.name!r} was built for images of {h}x{w} px, not {hw[0]}x{hw[1]}: "
                          f"build it with img_size={hw}")
     return hw
+
+# %% ../../nbs/210_models.backbone.ipynb #259438bf
+def _kept(stages: TimmStages) -> int|None: # numbers; `None` for a model that looks at numbers, which a sketch does not have
+    "How much a body keeps of two images for its backward pass, found on a sketch."
+    sketch, n = deepcopy(stages).to('meta').train(), []
+    x = torch.empty(2, len(stages.mean), *stages.input_size, device='meta')
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: n.append(t.numel()) or t, lambda t: t):
+        try: sketch.requires_grad_()(x)
+        except RuntimeError as e:
+            if 'meta tensors' not in str(e): raise
+            return None
+    return sum(n)
+
+def _counts(m: nn.Module) -> dict: # name → tensor
+    "What a norm has gathered from the batches that it saw."
+    own = dict(m.named_buffers(recurse=False))
+    return own if any(k.startswith('running_') for k in own) else {}
+
+def _lend(norm: nn.Module, _):
+    "Before a norm runs for a second time: have it count in copies."
+    # that a backward pass is under way, torch has no public name for
+    if not norm.training or torch._C._current_graph_task_id() == -1: return
+    norm.counted = _counts(norm)
+    for k, v in norm.counted.items(): setattr(norm, k, v.clone())
+
+def _take_back(norm: nn.Module, *_):
+    for k, v in norm.__dict__.pop('counted', {}).items(): setattr(norm, k, v)
