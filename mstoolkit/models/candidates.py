@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import timm
 import torch
 from timm.models import get_pretrained_cfg, split_model_name_tag
 
@@ -268,7 +267,8 @@ def choice_told(
                 "images and tens of points of accuracy with hundreds of photographs")
     name, n = row.candidate.name, _number(row.epochs, row.timed)
     if row.epochs >= min_epochs:
-        return f"{name} ({n} epochs): of those with weights the most accurate that sees the data {min_epochs:g} times or more in {time}"
+        return (f"{name} ({n} epochs): of those with weights the most accurate that sees the data {min_epochs:g} times or more "
+                f"in {time}")
     return f"{name} ({n} epochs): the fastest with weights; none sees the data {min_epochs:g} times in {time}"
 
 def weights_told(
@@ -278,9 +278,9 @@ def weights_told(
     "Which weights would make another network the one to take, and how to bring them here."
     best = take_backbone([replace(o, passed_over='') if o.passed_over == 'no weights' else o for o in rows], min_epochs)
     if best is None or best.weights: return ''
-    name = best.candidate.name
-    return (f"with its weights it {'would' if best.timed else 'might'} be {name}: fetch {weights_place(get_pretrained_cfg(name))} elsewhere, save it as "
-            f"{name}.safetensors in a folder, and name the folder (--weights-dir)")
+    name, would = best.candidate.name, 'would' if best.timed else 'might'
+    return (f"with its weights it {would} be {name}: fetch {weights_place(get_pretrained_cfg(name))} elsewhere, "
+            f"save it as {name}.safetensors in a folder, and name the folder (--weights-dir)")
 
 def format_backbones(
     rows: list[Ranked], # from `rank_backbones`
