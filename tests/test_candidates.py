@@ -168,7 +168,7 @@ def test_the_time_for_timing_is_kept(seconds, folder, monkeypatch):
 
 def test_nothing_is_timed_that_could_not_be_taken(folder, monkeypatch):
     watch = Stopwatch(monkeypatch, steady(60))
-    rows = ranked(folder, 1200)
+    rows = ranked(folder, 300)
     taken = take_backbone(list(rows.values())).candidate
     assert taken.name in watch.timed
     at = watch.timed.index(taken.name)
@@ -176,7 +176,7 @@ def test_nothing_is_timed_that_could_not_be_taken(folder, monkeypatch):
     assert R18 not in watch.timed and 'eva02_base_patch14_448.mim_in22k_ft_in22k_in1k' not in watch.timed
     for f in folder.glob('edgenext*'): f.unlink()
     watch.timed.clear()
-    assert ranked(folder)['edgenext_small.usi_in1k'].passed_over == 'no weights'
+    assert ranked(folder, 300)['edgenext_small.usi_in1k'].passed_over == 'no weights'
     assert 'edgenext_small.usi_in1k' not in watch.timed
 
 

@@ -163,7 +163,7 @@ class _Stopwatch:
 
     def hope(self, c: Candidate) -> float:
         "Images a second, if it is far better suited to this machine than any that was timed."
-        return 3*max(self.seen.values())/c.gmacs_at(self.size)
+        return 8*max(self.seen.values())/c.gmacs_at(self.size)
 
     def cost(self, c: Candidate, n: int) -> float:
         "Seconds that timing it may take."
@@ -250,6 +250,10 @@ def take_backbone(
 # %% ../../nbs/270_models.candidates.ipynb #d1199a19
 def _minutes(seconds: float) -> str: return f'{seconds/60:.3g} minute{"s"*(seconds != 60)}'
 
+def _number(v: float, timed: bool) -> str:
+    if not v: return '–'
+    return ('' if timed else '~') + (f'{v:,.0f}' if v >= 99.5 else f'{v:.1f}' if v >= .95 else f'{v:.2f}')
+
 def choice_told(
     rows: list[Ranked], # from `rank_backbones`
     seconds: float, # that the run may take
@@ -261,9 +265,10 @@ def choice_told(
         why = {f'{o.passed_over} ({o.weights.where})' if o.passed_over == 'no weights' else o.passed_over: 0 for o in rows}
         return (f"none, passed over are all ({'; '.join(why)}): a run starts from scratch, which costs little with thousands of small "
                 "images and tens of points of accuracy with hundreds of photographs")
-    name, n = row.candidate.name, f"{'' if row.timed else 'about '}{row.epochs:.3g}"
+    name, n = row.candidate.name, _number(row.epochs, row.timed)
     if row.epochs >= min_epochs:
-        return f"{name} ({n} epochs): of those with weights the most accurate that sees the data {min_epochs:g} times or more in {time}"
+        return (f"{name} ({n} epochs): of those with weights the most accurate that sees the data {min_epochs:g} times or more "
+                f"in {time}")
     return f"{name} ({n} epochs): the fastest with weights; none sees the data {min_epochs:g} times in {time}"
 
 def weights_told(
@@ -273,13 +278,9 @@ def weights_told(
     "Which weights would make another network the one to take, and how to bring them here."
     best = take_backbone([replace(o, passed_over='') if o.passed_over == 'no weights' else o for o in rows], min_epochs)
     if best is None or best.weights: return ''
-    name = best.candidate.name
-    return (f"with its weights it would be {name}: fetch {weights_place(get_pretrained_cfg(name))} elsewhere, save it as "
-            f"{name}.safetensors in a folder, and name the folder (--weights-dir)")
-
-def _number(v: float, timed: bool) -> str:
-    if not v: return '–'
-    return ('' if timed else '~') + (f'{v:,.0f}' if v >= 99.5 else f'{v:.1f}' if v >= .95 else f'{v:.2f}')
+    name, would = best.candidate.name, 'would' if best.timed else 'might'
+    return (f"with its weights it {would} be {name}: fetch {weights_place(get_pretrained_cfg(name))} elsewhere, "
+            f"save it as {name}.safetensors in a folder, and name the folder (--weights-dir)")
 
 def format_backbones(
     rows: list[Ranked], # from `rank_backbones`
