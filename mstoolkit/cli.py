@@ -78,8 +78,8 @@ def _option(f, panel: str) -> inspect.Parameter:
     opt = typer.Option(*names, help=m['help'], rich_help_panel=panel.format(**m), show_default=False,
                        metavar='|'.join(m['choices']) if m['choices'] else f"INTEGER|{m['word']}" if m['word'] else None,
                        autocompletion=_complete(known) if known else None)
-    kind = Optional[str if m['word'] else _types[m['kind']]]
-    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, opt])
+    kind = str if m['word'] else _types[m['kind']]
+    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Optional[kind], opt])
 
 # %% ../nbs/810_cli.ipynb #e6430856
 def plain_options(
