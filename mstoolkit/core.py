@@ -311,7 +311,8 @@ def share_processors(
 ):
     "Let threads that wait give up their processor soon, and have no more of them than the container allows."
     set_already = {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME'} & set(env)
-    # some thousandths of a millisecond of asking: measured to cost a training alone nothing (benchmarks/step.md); and the least that LLVM's library knows above none, in milliseconds
+    # thousandths of a millisecond of asking, which cost a training alone nothing (benchmarks/step.md);
+    # and the least that LLVM's library knows above none, in milliseconds
     if not set_already: env.update(GOMP_SPINCOUNT='1000', KMP_BLOCKTIME='1')
     if 'OMP_NUM_THREADS' not in env and (n := cpu_quota()): env['OMP_NUM_THREADS'] = str(n)
 

@@ -169,7 +169,7 @@ class Recipe(PlainData):
     freeze_share:float = option(.1, float, 'Training', "the same under minutes: the phase's share of the training time", lo=0, hi=.9)
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
-    bs:int|str = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')
+    bs:int = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')
     accumulate:int = option(1, int, 'Training', "batches whose gradients make one step", lo=1)
     clip:float = option(0., float, 'Training', "largest norm of a step's gradients; 0 does not clip", lo=0)
     lr:float = option(1e-4, float, 'Training', "peak learning rate", above=0)

@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def recipe_dls(
     return dls
 
 # %% ../nbs/710_train.ipynb #628b13ac
-def _timm_options(words: tuple) -> dict:
+def _timm_options(words: Iterable[str]) -> dict:
     "Options of timm from 'NAME=VALUE': numbers and the like as such, other values as text."
     def value(v):
         try: return ast.literal_eval(v)

@@ -43,7 +43,8 @@ class EMA(Callback):
         if decay is not None and not 0 < decay < 1: raise ValueError(f"decay is {decay}: give a number between 0 and 1, such as .99")
         self.lag, self.decay, self.raw, self.monitor = lag, decay, raw, monitor
         self.mode = choice(mode, ('max', 'min'), 'mode') if mode else metric_mode(monitor)
-        self.step, self.average, self.swapped, self.better = 0, None, False, None
+        self.step, self.swapped, self.better = 0, False, None
+        self.average: list = []
 
     def before_fit(self):
         "Begin an average; stay out of `lr_find` and predictions."
@@ -115,7 +116,7 @@ class EMA(Callback):
 
     def after_fit(self):
         "Let go of what is not needed any more."
-        self.average, self.swapped = None, False
+        self.average, self.swapped = [], False
 
     def state_dict(self) -> dict: # plain values and tensors
         "The average so far, for an exact resume."
@@ -126,6 +127,6 @@ class EMA(Callback):
     ):
         "Go on averaging from where `state` was taken."
         self.step, self.swapped, self.better = state['step'], state['swapped'], state['better']
-        if state['average'] is None: self.average = None; return
+        if not state['average']: return
         self.average = self.average or [t.detach().clone() for t in self._tensors()]  # of the model's device and layout
         for a, s in zip(self.average, state['average']): a.copy_(s)

@@ -58,7 +58,10 @@ class Budget(AttachedCallback):
         self.passes_after, self.seconds_after = passes_after, seconds_after
         self.began = perf_counter() - spent
         # since when there is training; seconds of a validation, and seconds a pixel of training when it was measured, and now
-        self.train_from, self.validation, self.pace_then, self.pace = None, None, None, None
+        self.train_from: float|None = None
+        self.validation: float|None = None
+        self.pace_then: float|None = None
+        self.pace: float|None = None
         self.thawed, self.passes, self.stream, self.ended = 0., 0, None, False
 
     def __getstate__(self): return self.__dict__ | {'stream': None}
@@ -75,7 +78,8 @@ class Budget(AttachedCallback):
 
     def _validation_seconds(self) -> float:
         "How long a validation takes as fast as the machine is now."
-        if self.validation is not None: return self.validation*max(1., self.pace/self.pace_then if self.pace_then else 1.)
+        if self.validation is not None:
+            return self.validation*(max(1., self.pace/self.pace_then) if self.pace and self.pace_then else 1.)
         if not self.pace: return 0.
         # a third of a training step, twice where an average is validated too
         twice = 1 + getattr(getattr(self.learn, 'ema', None), 'raw', False)
@@ -124,7 +128,7 @@ class Budget(AttachedCallback):
 
     def _fit_left(self) -> float: # seconds
         "What is left of the fit's part of the time."
-        done = self.used - self.train_from
+        done = self.used - (self.train_from or 0.)
         return (done + self.left)*self.hi - done
 
     def batches_to_come(self) -> int: # 0: not known

@@ -99,7 +99,7 @@ class GrowingSize(Callback):
     ):
         if start < 8 or step < 1: raise ValueError(f"start is {start} and step {step}: give 8 pixels or more, and 1 or more")
         if not 0 < until <= 1: raise ValueError(f"until is {until}: give a share of the fit above 0 and up to 1")
-        self.start, self.step, self.until, self.full = start, step, until, None
+        self.start, self.step, self.until, self.full = start, step, until, start
 
     def size(self,
         share: float # of the fit that is done, 0 to 1

@@ -242,7 +242,7 @@ class TimmStages(nn.Module):
         kept, net = _kept(self), self.net if hasattr(self.net, 'set_grad_checkpointing') else getattr(self.net, 'model', self.net)
         try: net.set_grad_checkpointing(True)
         except (AssertionError, AttributeError): can = False # timm asserts that it is off, where there is none
-        else: can = kept is None or _kept(self) < kept
+        else: can = kept is None or (_kept(self) or 0) < kept
         if not can:
             raise ValueError(f"timm cannot compute the activations of {self.name!r} again: leave out recompute, and take a "
                              "smaller batch (--bs) or smaller images (--size), or another backbone")
@@ -307,8 +307,11 @@ def check_size(
 def _kept(stages: TimmStages) -> int|None: # numbers; `None` for a model that looks at numbers, which a sketch does not have
     "How much a body keeps of two images for its backward pass, found on a sketch."
     sketch, n = deepcopy(stages).to('meta').train(), []
+    def count(t):
+        n.append(t.numel())
+        return t
     x = torch.empty(2, len(stages.mean), *stages.input_size, device='meta')
-    with torch.enable_grad(), saved_tensors_hooks(lambda t: n.append(t.numel()) or t, lambda t: t):
+    with torch.enable_grad(), saved_tensors_hooks(count, lambda t: t):
         try: sketch.requires_grad_()(x)
         except RuntimeError as e:
             if 'meta tensors' not in str(e): raise
