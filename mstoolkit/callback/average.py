@@ -89,7 +89,8 @@ class EMA(Callback):
             self.recorder.before_validate()  # begin to count anew
         self._swap()
 
-    def _values(self) -> list: return [m.value for m in self.recorder._valid_mets]
+    def _values(self) -> list: # plain numbers, as the recorder keeps them
+        return [v.item() if isinstance(v := m.value, torch.Tensor) else v for m in self.recorder._valid_mets]
 
     def after_validate(self):
         "Keep the better: its numbers in the table, its weights in the model until the epoch has ended."

@@ -50,7 +50,7 @@ def _phase(learn, rows):
 def _recorded(learn):
     "The recorder's numbers of this epoch by name, validation metrics without `valid_`; nothing of a cancelled epoch."
     names, values = table_columns(learn.recorder), learn.recorder.values[-1]
-    if getattr(learn.recorder, 'cancel_valid', False): names = names[:len(values)]
+    if getattr(learn.recorder, 'cancel_valid', False): values = [*values, *[None]*(len(names) - len(values))]
     if len(names) != len(values): return {}
     return {n if n == 'valid_loss' else n.removeprefix('valid_'): v for n, v in zip(names, values)}
 
