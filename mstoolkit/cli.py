@@ -309,12 +309,6 @@ def report(
     print(f"report in {write_report(runs, out, baseline=baseline)}")
 
 # %% ../nbs/810_cli.ipynb #e713ca7f
-def _counts(source: DataSource, seed: int) -> tuple[int, int]: # training images, classes
-    "What a training would find, by file names alone."
-    from mstoolkit.data.core import settled_samples
-    names, train, _, _ = settled_samples(source, seed)
-    return len(train), len(names)
-
 @app.command()
 @plain_options('size', 'bs', 'head', 'device', 'train', 'valid', 'valid_pct', 'csv', 'group', 'folds', 'fold', 'classes',
                recipe_fields=Recipe, source_fields=DataSource)
@@ -323,8 +317,8 @@ def backbones(
     source_fields: dict, # the data's options
     data: Annotated[Path, typer.Argument(help=_data_help)],
     minutes: Annotated[float, typer.Option(help="time that a training may take")],
-    recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(_names['recipe']),
-        help=f"where size, batch and head are taken from: {', '.join(recipes)}, or a .toml file")] = 'gate',
+    recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(('auto', *_names['recipe'])),
+        help=f"where size, batch and head are taken from: auto, {', '.join(recipes)}, or a .toml file")] = 'auto',
     weights_dir: Annotated[Optional[Path], typer.Option(
         help="folder of weights files, called by their backbone: resnet18.a1_in1k.safetensors, resnet18.pth")] = None,
     quick: Annotated[bool, typer.Option('--quick',
@@ -337,11 +331,14 @@ def backbones(
     "Time pretrained networks on this machine: how often each would see the data in the time, and which one to take."
     if not 0 < minutes < float('inf'): raise ValueError(f"--minutes is {minutes:g}: give more than 0")
     if weights_dir: _folder(weights_dir)
-    r, source = Recipe.from_dict(recipe_fields, load_recipe(recipe)), _source(data, source_fields)
+    r, source = Recipe.from_dict(recipe_fields, None if recipe == 'auto' else load_recipe(recipe)), _source(data, source_fields)
     if threads: _set_threads(threads)
-    n_train, n_classes = _counts(source, r.seed)
+    from mstoolkit.plan import data_facts, size_and_batch
+    facts = data_facts(source)
+    n_train, n_classes = facts.n_train, len(facts.per_class)
     from mstoolkit.models.candidates import choice_told, format_backbones, rank_backbones, weights_told
     device, seconds = pick_device(r.device), 60*minutes
+    if recipe == 'auto': r = Recipe.from_dict(size_and_batch(facts, recipe_fields, minutes, device.type == 'cpu'), r)
     print(f"{counted(n_train, 'training image')} of {counted(n_classes, 'class', 'classes')}, {r.size} px, batches of {r.bs}, "
           f"{r.head} head, {device}, {minutes:g} min", flush=True)
     if device.type == 'cpu' and (busy := others_at_work()) >= 1:

@@ -98,11 +98,11 @@ class MetricTracker(Callback):
 
     def after_epoch(self):
         "Hand the epoch's value to `update`; `validate` ends an epoch too, but has trained nothing."
-        value = monitored_value(self.learn, self.monitor) if self.trained else None
+        if not self.trained: return
         self.trained = False
-        if value is None: return
         self.n_epochs += 1
-        self.update(value)
+        value = monitored_value(self.learn, self.monitor)
+        if value is not None: self.update(value)
 
     def update(self,
         value: float # this epoch's `monitor`
