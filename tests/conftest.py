@@ -50,4 +50,4 @@ def tiny():
 @pytest.fixture
 def tiny_options():
     "The same as command-line options."
-    return [o for k, v in TINY.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)])]
+    return ['--recipe', 'gate', *(o for k, v in TINY.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)]))]

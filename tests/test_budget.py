@@ -137,7 +137,7 @@ def test_resumed_it_has_what_is_left(clock, tmp_path, at):
     learn, keep, budget = run(tmp_path, clock, resume=True)
     assert 112 <= budget.used <= 122
     rows = learn.run_history.rows
-    assert [o['epoch'] for o in rows] == list(range(1, len(rows)+1)) and keep.best == max(o['accuracy'] for o in rows if 'accuracy' in o)
+    assert [o['epoch'] for o in rows] == list(range(1, len(rows)+1)) and keep.best == max(o['accuracy'] for o in rows if o['accuracy'] is not None)
 
 
 def test_a_larger_budget_plans_the_rest_anew(clock, tmp_path):

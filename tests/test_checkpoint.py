@@ -309,7 +309,7 @@ def test_early_stop_channels_last_and_sgd(recipe, image_folder, tmp_path):
 def test_the_measured_arithmetic_is_kept(way, recipe, image_folder, tmp_path, monkeypatch):
     r = recipe(memory_format='auto', precision='auto')
     monkeypatch.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
-    monkeypatch.setattr('mstoolkit.callback.speed.rounds_within', lambda n, k, share: 1)
+    monkeypatch.setattr('mstoolkit.callback.speed.trial', lambda x, n, k, share: (x, 1))
     monkeypatch.setattr('mstoolkit.callback.speed.time_ways', lambda step, ways, n, **kw: {w: [.5 if w == way else 1.] for w in ways})
     whole = train(r, image_folder, tmp_path/'a')
     with pytest.raises(Killed): train(r, image_folder, tmp_path/'b', cbs=[KillAt(1, 1)])
