@@ -3,10 +3,12 @@ import subprocess
 import sys
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
 from mstoolkit.ablation import run_study
+from mstoolkit.classifier import Classifier, ModelHeader
 from mstoolkit.cli import main
 from mstoolkit.core import RunError, free_memory, out_of_memory
 from mstoolkit.data.core import image_dls
@@ -15,8 +17,10 @@ from mstoolkit.models.backbone import TimmStages
 from mstoolkit.models.fold import fold_batchnorms
 from mstoolkit.models import memory
 from mstoolkit.models.fusion import multiscale_model
+from mstoolkit.predict import predict_probs
 from mstoolkit.recipe import Recipe, load_recipe
 from mstoolkit.train import choose_bs, recipe_dls, resume_run, train
+from PIL import Image
 from tiny import quiet
 
 
@@ -320,3 +324,18 @@ def test_the_largest_batch_of_this_gpu():
     torch.cuda.reset_peak_memory_stats()
     model.train()(torch.randn(n, 3, 224, 224, device='cuda')).sum().backward()
     assert n >= 2 and torch.cuda.max_memory_allocated() < .9*torch.cuda.get_device_properties(0).total_memory
+
+
+# many sizes
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason="asks Linux how large the process is")
+def test_predicting_images_of_many_sizes_takes_no_more_memory_each_time(tmp_path):
+    "Pictures of a hundred sizes become images of one: neither the reader nor the network keeps something for each."
+    g, model = np.random.default_rng(0), multiscale_model('test_resnet', 'gated', 2, pretrained=False).eval()
+    for i in range(100): Image.fromarray(g.integers(0, 255, (40 + 13*i, 60 + 7*i, 3), np.uint8)).save(tmp_path/f'{i}.jpg')
+    clf = Classifier(model, ModelHeader(config=model.config, classes=['a', 'b'], size=64, mean=(.5,)*3, std=(.5,)*3))
+    files, sizes = sorted(tmp_path.glob('*.jpg')), []
+    for _ in range(4):
+        predict_probs(clf, files, bs=7, num_workers=0, precision='fp32')
+        sizes.append(memory._process('VmRSS'))
+    assert sizes[-1] - sizes[0] < 40e6  # the largest picture alone is 3 MB
