@@ -4,7 +4,8 @@ from typing import Any
 
 import text
 from mstoolkit.data.sources import DataSource
-from mstoolkit.recipe import load_recipe
+from mstoolkit.plan import DataFacts, default_minutes, training_fields
+from mstoolkit.recipe import Recipe, load_recipe
 from typer.main import get_command, get_command_name
 
 
@@ -42,14 +43,16 @@ def of_fields(command) -> dict[str, Any]:
     "What the options that make up a recipe and a data source are without being given: their fields' own values."
     recipe = next((p.default for p in command.params if p.name == 'recipe'), None)
     source = {f.name: f.default for f in fields(DataSource) if f.default is not MISSING}
-    return {**source, **(asdict(load_recipe(recipe)) if recipe else {})}
+    if recipe != 'auto': return {**source, **(asdict(load_recipe(recipe)) if recipe else {})}
+    chosen = ['backbone', 'head', 'size', 'bs', 'pretrained', 'weights_file', *training_fields(DataFacts(99, 9, (99,), 224, False), True, 99.)]
+    return {**source, **asdict(Recipe()), **dict.fromkeys(chosen, 'chosen'), 'minutes': default_minutes, 'epochs': ''}
 
 
 def default(p, own: dict[str, Any]) -> str:
     "The value of a parameter that is not given, as one would type it; '' for none and for a switch that is off."
     if p.required: return 'required'
     value = own.get(p.name) if p.default is None else p.default
-    if value is None or value == '' or (getattr(p, 'is_flag', False) and p.default is False): return ''
+    if value is None or value in ('', ()) or (getattr(p, 'is_flag', False) and p.default is False): return ''
     if isinstance(value, bool): return 'on' if value else 'off'
     return text.code_in_table(','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
 

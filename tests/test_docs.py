@@ -101,6 +101,9 @@ def test_numbers_sort_as_numbers():
 def test_defaults_of_recipe_options_are_on_the_page_of_commands():
     train = commands.commands(app)['train']
     told = {p.name: commands.default(p, commands.of_fields(train)) for p in commands.shown(train)}
+    assert (told['backbone'], told['lr'], told['minutes'], told['train_bn'], told['epochs']) == ('`chosen`', '`chosen`', '`20.0`', 'off', '')
+    ablate = commands.commands(app)['ablate']
+    told = {p.name: commands.default(p, commands.of_fields(ablate)) for p in commands.shown(ablate)}
     assert (told['backbone'], told['lr'], told['pretrained'], told['weights_file']) == ('`resnest101e`', '`0.0001`', 'on', '')
 
 
