@@ -18,12 +18,12 @@ def run(script, *args):
 
 @pytest.mark.parametrize('script,head', [('train_resnest', 'plain'), ('train_pyramid', 'pyramid'), ('train_gate', 'gated'), ('train_mix', 'mlp')])
 def test_train_scripts(script, head, image_folder, tiny_options, tmp_path):
-    out = run(script, image_folder, '--out', tmp_path/'run', *tiny_options)
+    out = run(script, image_folder, '--out', tmp_path/'run', *tiny_options[2:])
     assert f'{head} head on {TINY["backbone"]}' in out and (tmp_path/'run'/'model.safetensors').exists()
 
 
 def test_inference(image_folder, tiny_options, tmp_path):
-    run('train_gate', image_folder, '--out', tmp_path/'run', *tiny_options)
+    run('train_gate', image_folder, '--out', tmp_path/'run', *tiny_options[2:])
     csv = tmp_path/'p.csv'
     run('inference', '--model', 'gate', '--weights', tmp_path/'run'/'model.safetensors', '--images', image_folder/'test', '--out', csv)
     assert len(pd.read_csv(csv)) == 9
