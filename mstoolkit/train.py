@@ -250,7 +250,9 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e): raise
         raise RunError(_what_fits(r, learn)) from e
-    finally: _draw(learn, run, r.monitor)
+    finally:
+        learn.arithmetic.close() # a batch that was broken off has left autocast on, for all that this process does next
+        _draw(learn, run, r.monitor)
     if r.test_size < 0: _pick_test_size(learn, r, run_file(run, 'model'))
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
     (precision, layout), took = learn.arithmetic.way, learn.arithmetic.took

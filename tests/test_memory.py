@@ -179,7 +179,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the address space')
 def test_a_machine_that_is_too_small(image_folder, tmp_path):
     "A real one: the process may take 900 MB more."
-    options = '--backbone resnet50 --no-pretrained --size 384 --bs 24 --num-workers 0 --device cpu --augment none --precision fp32'.split()
+    options = '--recipe gate --backbone resnet50 --no-pretrained --size 384 --bs 24 --num-workers 0 --device cpu --augment none --precision fp32'.split()
     p = subprocess.run([sys.executable, '-c', LIMITED, 'train', str(image_folder), *options, '--out', str(tmp_path/'run')], capture_output=True, text=True)
     assert p.returncode == 2 and p.stderr.strip().splitlines()[-1].startswith(
         'mstoolkit: no memory is left for batches of 24 images of 384 px on cpu: choose --bs 16 or auto, --recompute (a third slower), --size below 384'), p.stderr

@@ -355,7 +355,7 @@ def test_the_command_line_shares_before_torch_is_imported():
     code = "import sys, os; from mstoolkit.cli import main; early = 'torch' in sys.modules; main(['--version']); print(early, os.environ['GOMP_SPINCOUNT'])"
     env = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')}
     out = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.split()
-    assert out[-2:] == ['False', '10000']
+    assert out[-2:] == ['False', '1000']
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='asks /proc')

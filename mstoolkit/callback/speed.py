@@ -52,7 +52,7 @@ class Arithmetic(MixedPrecision):
         if len(self.open) == 1: self.chosen = self.open[0]
         if self.asked[0] == 'bf16' and self.device.type == 'cpu' and not cpu_has_bf16():
             print("precision bf16: this processor has no instructions for it, and will be slower than in fp32", flush=True)
-        self._close()
+        self.close()
         self._apply()
 
     def _apply(self):
@@ -90,14 +90,14 @@ class Arithmetic(MixedPrecision):
         (seconds,) = time_ways(training_step(self.model, x, way), way, 1)[way[0]]
         return min(n, int(budget.left*len(x)/len(self.x)/seconds))
 
-    def _close(self):
+    def close(self):
         "Leave autocast, also where a batch was broken off within it."
         if self.autocast: self.autocast.__exit__(None, None, None)
         self.autocast = None
 
     def after_loss(self):
         "Leave autocast: gradients have the type of what they belong to."
-        self._close()
+        self.close()
 
     def after_fit(self):
         "Let go of the scaler."
