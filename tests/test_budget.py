@@ -104,6 +104,17 @@ def test_fine_tune_shares_its_time(clock):
     assert first == pytest.approx(30, abs=4)
 
 
+@pytest.mark.parametrize('valid', [.01, .5])
+def test_a_fast_frozen_phase_is_no_measure_of_the_machine(clock, valid):
+    learn = tiny_learner(cbs=[RunHistory()])
+    work = Work(clock, valid=valid, step=lambda t: .1 if learn.opt.frozen_idx > 0 else .6)
+    fit(learn, Budget(3, passes_after=2), work, EMA(), how='fine_tune')
+    row, lrs = learn.run_history.rows[-1], learn.recorder.lrs
+    assert clock.now >= 180 - 2*6*valid - 6 and clock.now <= 181
+    # rates fall as slowly as the time goes by: at half of the second phase they are far from nothing
+    assert lrs[len(lrs)//2] > .2*max(lrs) and row['phase'] == 'unfrozen'
+
+
 def test_mixing_is_off_in_the_last_share(clock):
     mixed, work = [], Work(clock)
     class Note(Callback):

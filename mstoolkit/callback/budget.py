@@ -105,6 +105,7 @@ class Budget(AttachedCallback):
         self.lo, self.hi = (0., self.frozen) if first else (self.thawed, 1.)
         if first: self.thawed = self.frozen
         self.ended, self.most_progress = False, 0.
+        self.pace = self.pace_then = None  # a frozen phase has another pace, which says nothing of the machine
 
     def before_epoch(self):
         "End the fit when its time is over; pass by what a checkpoint has done."
@@ -149,6 +150,7 @@ class Budget(AttachedCallback):
         self.iter_seconds = perf_counter() - start
         now = self.iter_seconds/self.pixels
         if self.iter: self.pace = now if self.pace is None else .9*self.pace + .1*now
+        if self.iter == 10 and self.pace_then is None and self.validation is not None: self.pace_then = self.pace
         # what is left may have changed since the slice began: the machine's pace has
         if self.last: self.stop_at = perf_counter() + self._fit_left()
 
