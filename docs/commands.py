@@ -44,7 +44,8 @@ def of_fields(command) -> dict[str, Any]:
     recipe = next((p.default for p in command.params if p.name == 'recipe'), None)
     source = {f.name: f.default for f in fields(DataSource) if f.default is not MISSING}
     if recipe != 'auto': return {**source, **(asdict(load_recipe(recipe)) if recipe else {})}
-    chosen = ['backbone', 'head', 'size', 'bs', 'pretrained', 'weights_file', *training_fields(DataFacts(99, 9, (99,), 224, False), True, 99.)]
+    trained = training_fields(DataFacts(99, 9, (99,), 224, False), True, 99.)
+    chosen = ['backbone', 'head', 'size', 'bs', 'pretrained', 'weights_file', *trained]
     return {**source, **asdict(Recipe()), **dict.fromkeys(chosen, 'chosen'), 'minutes': default_minutes, 'epochs': ''}
 
 

@@ -157,7 +157,7 @@ def train_command(
     recipe_fields: dict, # the recipe's options
     source_fields: dict, # the data's options
     data: Annotated[Optional[Path], typer.Argument(help=_data_help)] = None,
-    recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(_names['recipe']),
+    recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(('auto', *_names['recipe'])),
         help=f"auto (made for the data, this machine and --minutes), {', '.join(recipes)}, or a .toml file")] = 'auto',
     weights_dir: Annotated[Optional[Path], typer.Option(
         help="folder of pretrained weights that auto may choose from, for machines without a hub: NAME.safetensors, .pt or .pth")] = None,

@@ -316,14 +316,16 @@ def _take_back(run: Path):
     for f in beginnings(run): f.unlink(missing_ok=True)
 
 # %% ../nbs/710_train.ipynb #12e36971
-def _settled(recipe: Recipe|str|Path, source: DataSource, given: dict, weights_dir: str|Path, out: Path) -> Recipe:
-    "The recipe of a run, with what was given for it."
-    if recipe == 'auto':
-        own = {*beginnings(out), run_file(out, 'lock').parent}
-        if not out.is_dir() or not set(out.iterdir()) <= own: check_new(out, 'run folder') # before time is spent on a plan
-        r, told = auto_recipe(source, weights_dir=weights_dir, **given)
-        for line in told: print(f'auto: {line}', flush=True)
-        return r
+def _planned(source: DataSource, given: dict, weights_dir: str|Path, out: Path) -> Recipe:
+    "The recipe that data, machine and time ask for."
+    own = {*beginnings(out), run_file(out, 'lock').parent}
+    if not out.is_dir() or not set(out.iterdir()) <= own: check_new(out, 'run folder') # before time is spent on a plan
+    r, told = auto_recipe(source, weights_dir=weights_dir, **given)
+    for line in told: print(f'auto: {line}', flush=True)
+    return r
+
+def _settled(recipe: Recipe|str|Path, given: dict, weights_dir: str|Path) -> Recipe:
+    "A recipe that somebody wrote, with what was given for it."
     if weights_dir: raise ValueError("weights_dir is what recipe 'auto' chooses from: name a file with weights_file (--weights-file)")
     r = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     return Recipe.from_dict(given, r).check_effect(given) if given else r
@@ -355,11 +357,12 @@ def train(
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     clock = time.perf_counter() - spent
     source, given = data_source(data, **source), given or {}
-    out = Path(out or free_run_folder(recipe.name if isinstance(recipe, Recipe) else Path(recipe).stem))
+    r = None if recipe == 'auto' else _settled(recipe, given, weights_dir)
+    out = Path(out or free_run_folder(r.name if r else 'auto'))
     if within := next((o for o in class_roots(source) if out.resolve().is_relative_to(o.resolve())), None):
         raise ValueError(f"the run folder {str(out)!r} would lie among the class folders of {str(within)!r}, and be taken for a class: "
                          "give another place with out= (--out)")
-    r = _settled(recipe, source, given, weights_dir, out)
+    r = r or _planned(source, given, weights_dir, out)
     clear_stillborn(out, r)
     check_new(out, 'run folder')
     r = choose_bs(r, source)

@@ -39,7 +39,7 @@ def runs(table: Any) -> None:
     recipe = load_recipe('gate')
     assert_type(recipe, Recipe)
     assert_type(Recipe.from_dict({'epochs': 3}, recipe), Recipe)
-    assert_type(Recipe.load('mine.toml').bs, int | str)
+    assert_type(Recipe.load('mine.toml').bs, int)
     source = DataSource('data', csv=table, folds=5)
     assert_type(data_source(source), DataSource)
     assert_type(DataSource.load('data.toml'), DataSource)

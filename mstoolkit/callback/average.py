@@ -12,9 +12,8 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 
-from .core import is_training_fit
+from .core import is_lasting_fit
 from .tracker import EarlyStop, improves, metric_mode, monitored
-from ..core import choice
 
 # %% ../../nbs/335_callback.average.ipynb #13b67cac
 def new_weight(
@@ -42,13 +41,13 @@ class EMA(Callback):
         if not 0 < lag <= .5: raise ValueError(f"lag is {lag}: give a share of the steps above 0 and up to .5")
         if decay is not None and not 0 < decay < 1: raise ValueError(f"decay is {decay}: give a number between 0 and 1, such as .99")
         self.lag, self.decay, self.raw, self.monitor = lag, decay, raw, monitor
-        self.mode = choice(mode, ('max', 'min'), 'mode') if mode else metric_mode(monitor)
-        self.step, self.swapped, self.better = 0, False, None
+        self.mode = metric_mode(monitor, mode)
+        self.step, self.swapped = 0, False
         self.average: list = []
 
     def before_fit(self):
         "Begin an average; stay out of `lr_find` and predictions."
-        self.run = is_training_fit(self.learn) and not self.learn.lock.locked()  # locked: `validate`, `get_preds`
+        self.run = is_lasting_fit(self.learn)
         if not self.run: return
         monitored(self.learn, self.monitor)
         self.step, self.swapped, self.trained = 0, False, False
@@ -95,7 +94,6 @@ class EMA(Callback):
     def after_validate(self):
         "Keep the better: its numbers in the table, its weights in the model until the epoch has ended."
         if not self.swapped or not self.recorder._valid_mets: return
-        self.better = 'average'
         if self.found is None: return
         names, average = [m.name for m in self.recorder._valid_mets], self._values()
         value = lambda of: dict(zip(names, map(float, of)))
@@ -104,7 +102,6 @@ class EMA(Callback):
         on = next((n for n in names if n in (self.monitor, self.monitor.removeprefix('valid_'))), loss)
         if improves(averaged[on], raw[on], mode=self.mode, loss=averaged[loss], best_loss=raw[loss], tie=0.): return
         if averaged == raw: return
-        self.better = 'raw'
         self.recorder.log[-len(self.found):] = self.found
         self._swap()
 
@@ -121,13 +118,13 @@ class EMA(Callback):
 
     def state_dict(self) -> dict: # plain values and tensors
         "The average so far, for an exact resume."
-        return dict(step=self.step, average=self.average, swapped=self.swapped, better=self.better)
+        return dict(step=self.step, average=self.average, swapped=self.swapped)
 
     def load_state_dict(self,
         state: dict # from `state_dict`
     ):
         "Go on averaging from where `state` was taken."
-        self.step, self.swapped, self.better = state['step'], state['swapped'], state['better']
+        self.step, self.swapped = state['step'], state['swapped']
         if not state['average']: return
         self.average = self.average or [t.detach().clone() for t in self._tensors()]  # of the model's device and layout
         for a, s in zip(self.average, state['average']): a.copy_(s)

@@ -15,7 +15,7 @@ from fastai.callback.core import CancelFitException, CancelValidException, Train
 from fastai.learner import Learner
 from fastcore.basics import GetAttr
 
-from .core import AttachedCallback, is_training_fit
+from .core import AttachedCallback, is_lasting_fit
 
 # %% ../../nbs/345_callback.budget.ipynb #af725a97
 class _Slice(GetAttr):
@@ -99,7 +99,7 @@ class Budget(AttachedCallback):
 
     def before_fit(self):
         "Find this fit's part of the time."
-        self.run = is_training_fit(self.learn) and not self.learn.lock.locked()
+        self.run = is_lasting_fit(self.learn)
         if not self.run: return
         first = self.frozen and self.opt.frozen_idx > 0
         self.lo, self.hi = (0., self.frozen) if first else (self.thawed, 1.)

@@ -21,7 +21,7 @@ from fastai.torch_core import get_model, rank_distrib, to_device
 from fastcore.foundation import L
 from torch import Tensor
 
-from .core import is_training_fit
+from .core import is_lasting_fit
 from .tracker import EarlyStop
 from ..core import atomic_path, signals_wait
 
@@ -159,7 +159,7 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         "Count the fits; refuse a checkpoint of another one, or a state no file could hold, before anything is trained."
-        self.run = is_training_fit(self.learn) and not self.learn.lock.locked()  # locked: `validate`, `get_preds`
+        self.run = is_lasting_fit(self.learn)
         if not self.run: return
         self.n_fits += 1
         _callback_states(self.learn)

@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from .core import is_training_fit
+from .core import is_lasting_fit, is_training_fit
 from ..data.core import input_size, set_size
 
 # %% ../../nbs/340_callback.schedule.ipynb #32080527
@@ -110,7 +110,7 @@ class GrowingSize(Callback):
 
     def before_fit(self):
         "Note the full size."
-        self.run = is_training_fit(self.learn) and not self.learn.lock.locked()
+        self.run = is_lasting_fit(self.learn)
         if not self.run: return
         self.full = input_size(self.dls)
         if self.start > self.full: raise ValueError(f"images cannot grow from {self.start} to {self.full} pixels: give a smaller start")

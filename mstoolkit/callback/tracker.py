@@ -65,9 +65,11 @@ def improves(
 
 # %% ../../nbs/330_callback.tracker.ipynb #bbbabe77
 def metric_mode(
-    monitor: str # a column of a learner's table
+    monitor: str, # a column of a learner's table
+    mode: str|None = None # 'min' or 'max' where somebody has said so
 ) -> str: # 'min' or 'max'
-    "Which way a metric is better, by its name: losses and errors are better when they are small."
+    "Which way a metric is better; by its name where nobody says so: losses and errors are better when they are small."
+    if mode: return choice(mode, ('max', 'min'), 'mode')
     return 'min' if 'loss' in monitor or 'error' in monitor else 'max'
 
 # %% ../../nbs/330_callback.tracker.ipynb #7df5b466
@@ -79,8 +81,7 @@ class MetricTracker(Callback):
         *,
         mode: str|None = None # 'max' or 'min' is better; `None`: 'min' for losses and errors, else 'max'
     ):
-        self.monitor = monitor
-        self.mode = choice(mode, ('max', 'min'), 'mode') if mode else metric_mode(monitor)
+        self.monitor, self.mode = monitor, metric_mode(monitor, mode)
         self.n_epochs, self.trained = 0, False  # epochs followed so far; whether the epoch at hand trains
 
     def before_fit(self):
