@@ -23,6 +23,7 @@ from .models.fold import fold_batchnorms
 from .models.memory import largest_batch
 from .models.fusion import *
 from .models.split import *
+from .models.views import *
 from .losses import *
 from .callback.average import EMA
 from .callback.balance import *
@@ -45,6 +46,7 @@ from .classifier import *
 from .plan import auto_recipe, data_facts
 from .train import *
 from .predict import *
+from .evaluate.gain import *
 from .report import *
 from .ablation import *
 

@@ -12,7 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch import nn
 from . import __version__
 from .callback.tracker import KeepBest
 from .core import atomic_path, choice, keep_freed_memory
-from .data.core import NormalizeUint8, get_stats, image_loader, valid_size
+from .data.core import NormalizeUint8, get_stats, image_loader, trained_with, valid_size
 from .data.workers import end_loader, start_loader, worker_deaths
 from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
                                          time_ways, told, ways)
@@ -49,13 +49,15 @@ class ModelHeader:
     mean: tuple # per channel, of images scaled to 0…1
     std: tuple # per channel
     metrics: dict = field(default_factory=dict) # of the best epoch, by name
+    augment: str = '' # augmentation of the training images; '' where the file does not say
+    mirrored: bool|None = None # whether that showed mirror images; `None` where the file does not say
     versions: dict = field(default_factory=library_versions) # that wrote the file
     format: int = FORMAT # of the file, raised when an older version would misread it
 
     def __post_init__(self):
         "Refuse a header that could not be used, or would be used wrongly."
         kinds = dict(config=dict, classes=list, size=int, mean=(list, tuple), std=(list, tuple),
-                     metrics=dict, versions=dict, format=int)
+                     metrics=dict, augment=str, mirrored=(bool, type(None)), versions=dict, format=int)
         for k, kind in kinds.items():
             if not isinstance(getattr(self, k), kind): raise ValueError(f"its {k} is {getattr(self, k)!r}")
         for k, ok in dict(mean=lambda o: -1e3 <= o <= 1e3, std=lambda o: 1e-3 <= o <= 1e3).items():
@@ -96,12 +98,13 @@ def read_header(
                          "nor classes; `mstoolkit convert` gives one to a checkpoint of Report A")
     try:
         d = json.loads(meta)
-        newer = d['format'] > FORMAT
-        if not newer: return ModelHeader(**d)
+        newer, foreign = d['format'] > FORMAT, set(d) - {f.name for f in fields(ModelHeader)}
+        if not newer and not foreign: return ModelHeader(**d)
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
-    raise ValueError(f"{str(file)!r} has format {d['format']}, and this mstoolkit {__version__} reads up to {FORMAT}: "
-                     "update mstoolkit")
+    what = f"format {d['format']}" if newer else f"the header field {min(foreign)!r}"
+    raise ValueError(f"{str(file)!r} has {what}, and this mstoolkit {__version__} reads format {FORMAT} and no such "
+                     "field: update mstoolkit")
 
 # %% ../nbs/620_classifier.ipynb #aed3653e
 def _check_tensors(file: Path, header: ModelHeader):
@@ -131,9 +134,10 @@ class Classifier:
         metrics: dict|None = None # name → value, to keep in the header
     ) -> 'Classifier': # of the network as it stands
         "The classifier a learner has trained; the network is shared, not copied."
-        mean, std = get_stats(learn.dls)
+        (mean, std), (augment, mirrored) = get_stats(learn.dls), trained_with(learn.dls)
         header = ModelHeader(config=learn.model.config, classes=[str(o) for o in learn.dls.vocab],
-                             size=valid_size(learn.dls), mean=tuple(mean), std=tuple(std), metrics=metrics or {})
+                             size=valid_size(learn.dls), mean=tuple(mean), std=tuple(std), metrics=metrics or {},
+                             augment=augment, mirrored=mirrored)
         return cls(learn.model, header)
 
     def save(self,
@@ -166,15 +170,17 @@ class Classifier:
         files: list[Path], # images, in the order they come back
         *,
         bs: int = 64, # images in a batch
-        num_workers: int|None = None # loader processes; chosen by machine and data
+        num_workers: int|None = None, # loader processes; chosen by machine and data
+        sizes: tuple[int, ...]|None = None # sides in pixels, not the header's: images then come as lists
     ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
         "Image files, normalised and on the network's device; what cannot be read is returned by name."
         norm, device = NormalizeUint8(self.header.mean, self.header.std), next(self.model.parameters()).device
-        loaded = start_loader(image_loader(files, self.header.size, bs=bs, num_workers=num_workers))
+        ready = lambda x: norm(TensorImage(x.to(device))).as_subclass(torch.Tensor)
+        loaded = start_loader(image_loader(files, sizes or self.header.size, bs=bs, num_workers=num_workers))
         try:
             with worker_deaths():
                 for x, good, bad in loaded:
-                    yield x, norm(TensorImage(x.to(device))).as_subclass(torch.Tensor) if len(good) else x, good, bad
+                    yield x, ([ready(o) for o in x] if sizes else ready(x)) if good else x, good, bad
         finally: end_loader(loaded)
 
     def network(self,

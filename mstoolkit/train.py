@@ -52,6 +52,7 @@ from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, fast_precisions, layouts, precisions
 from .models.memory import largest_batch
+from .models.views import larger_sizes
 from .plan import auto_recipe
 from .recipe import Recipe, check_choices, load_recipe
 from .runs import (beginnings, clear_leftovers, clear_stillborn, environment, free_run_folder, one_writer,
@@ -153,15 +154,10 @@ schedules = {
 check_choices('schedule', schedules)
 
 # %% ../nbs/710_train.ipynb #4e4c38fb
-def _sizes(size: int, stride: int = 32) -> list[int]:
-    "Sizes worth trying: as trained, a fifth and two fifths more, in half strides."
-    more = (stride//2*round(2*k*size/stride) for k in (1.2, 1.4))
-    return list(dict.fromkeys([size, *(s for s in more if s > size)]))
-
 def _pick_test_size(learn: Learner, r: Recipe, model: Path):
     "Predict validation at some sizes, and let model file and data have the best."
     tried = {}
-    for s in _sizes(r.size):
+    for s in [r.size, *larger_sizes(r.size)]:
         set_size(learn.dls.valid, s)
         with learn.no_bar(), learn.no_logging(): logits, y = learn.get_preds(act=noop)
         tried[s] = float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
@@ -233,7 +229,7 @@ def _budget(r: Recipe, clock: float) -> list:
     "The budget of a run that began at `clock`, and what it has to keep free for the end."
     if not r.minutes: return []
     # predictions to keep and, in units of one validation, the trials of larger images; an average makes a validation two
-    tried = [(s/r.size)**2 for s in _sizes(r.size)] if r.test_size < 0 else []
+    tried = [(s/r.size)**2 for s in [r.size, *larger_sizes(r.size)]] if r.test_size < 0 else []
     after = sum(tried) + max(tried, default=1)
     return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
                    passes_after=after/(2 if r.ema else 1), seconds_after=2.5)]

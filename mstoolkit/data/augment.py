@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.augment.html.md"""
 
 # %% auto #0
 __all__ = ['augment_recipes', 'shrink', 'FlipRotate', 'RandomErasing', 'Jitter', 'none_tfms', 'light_tfms', 'affine_tfms',
-           'upright_tfms', 'shift_tfms', 'strong_tfms', 'augment_tfms', 'split_colour', 'apply_tfms']
+           'upright_tfms', 'shift_tfms', 'strong_tfms', 'augment_tfms', 'split_colour', 'apply_tfms', 'mirrors']
 
 # %% ../../nbs/120_data.augment.ipynb #fbf4a292
 import hashlib
@@ -298,3 +298,14 @@ def apply_tfms(
         pipe.random_generator.bit_generator.state = dict(bit_generator='PCG64', state=pcg, has_uint32=0, uinteger=0)
         pipe.py_random.seed(py)
     return pipe(image=im)['image']
+
+# %% ../../nbs/120_data.augment.ipynb #706af5b2
+_flips = A.HorizontalFlip, A.D4, A.SquareSymmetry
+
+def mirrors(
+    pipe: A.BasicTransform|A.BaseCompose # from `augment_tfms`, or a step of such a pipeline
+) -> bool:
+    "Whether a pipeline shows images flipped left to right."
+    if isinstance(pipe, A.BaseCompose): return pipe.p > 0 and any(map(mirrors, pipe.transforms))
+    if isinstance(pipe, FlipRotate): return pipe.hflip > 0
+    return isinstance(pipe, _flips) and pipe.p > 0

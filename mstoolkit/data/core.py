@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.core.html.md"""
 # %% auto #0
 __all__ = ['AugmentImage', 'LabelOf', 'NormalizeUint8', 'ImageLoaders', 'ImageDatasets', 'ImageDL', 'default_workers',
            'unreadable_images', 'image_dls', 'settled_samples', 'get_stats', 'set_stats', 'input_size', 'set_size',
-           'valid_size', 'image_loader']
+           'valid_size', 'trained_with', 'image_loader']
 
 # %% ../../nbs/170_data.core.ipynb #a64ad69d
 import os
@@ -15,6 +15,7 @@ import pickle
 import random
 import sys
 from collections.abc import Iterable
+from functools import partial
 from itertools import repeat
 from operator import is_
 from pathlib import Path
@@ -31,7 +32,7 @@ from fastai.vision.core import TensorImage
 from fastcore.basics import chunked
 from fasttransform import DisplayedTransform, Transform
 from PIL import Image
-from .augment import apply_tfms, augment_tfms, split_colour
+from .augment import apply_tfms, augment_tfms, mirrors, split_colour
 from .cache import build_cache
 from ..core import choice, track
 from .colour import DeviceColour
@@ -446,32 +447,45 @@ def valid_size(
     split = getattr(getattr(dls.valid, 'dataset', None), 'split_idx', None)
     return next((t.size for t in _augments(dls.valid) if t.split_idx == split), None) or input_size(dls)
 
+# %% ../../nbs/170_data.core.ipynb #6088fff2
+def trained_with(
+    dls: DataLoaders # from `image_dls`, or any fastai DataLoaders of images
+) -> tuple[str, bool|None]: # its name and whether it mirrors; '' and `None` where that is not known
+    "The augmentation of the training images."
+    augs = _augments(dls.train)
+    if not augs: return '', None
+    name = augs[0].augment
+    return getattr(name, '__name__', str(name)), mirrors(augs[0].pipe)
+
 # %% ../../nbs/170_data.core.ipynb #41dd11ff
 class _Files(torch.utils.data.Dataset):
-    "Image files as uint8 tensors, or the reason why not."
-    def __init__(self, files, size): self.files, self.size, self.pipe = files, size, augment_tfms('none', size)
+    "Image files as uint8 tensors, one for each size, or the reason why not."
+    def __init__(self, files, sizes):
+        self.files, self.side, self.pipes = files, max(sizes), [augment_tfms('none', s) for s in sizes]
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         f = self.files[i]
-        try: return f, _to_tensor(apply_tfms(self.pipe, read_image(f, self.size)))
+        try: im = read_image(f, self.side)
         except ImageError as e: return f, str(e)
+        return f, [_to_tensor(apply_tfms(pipe, im)) for pipe in self.pipes]
 
-def _split_bad(items: list) -> tuple[torch.Tensor, list[Path], dict]:
-    "Stack what could be read, keep the reasons of the rest."
+def _split_bad(items: list, alone: bool) -> tuple[torch.Tensor|list[torch.Tensor], list[Path], dict]:
+    "Stack what could be read, size by size or of the one size there is; keep the reasons of the rest."
     good = [(f, x) for f, x in items if not isinstance(x, str)]
-    x = torch.stack([x for _, x in good]) if good else torch.empty(0)
-    return x, [f for f, _ in good], {f: why for f, why in items if isinstance(why, str)}
+    xs = [torch.stack(x) for x in zip(*(x for _, x in good))] or [torch.empty(0)]
+    return xs[0] if alone else xs, [f for f, _ in good], {f: why for f, why in items if isinstance(why, str)}
 
 # %% ../../nbs/170_data.core.ipynb #99ecf72b
 def image_loader(
     files: list[Path], # images, in the order they come back
-    size: int, # side of the square images, in pixels
+    size: int|tuple[int, ...], # side of the square images, in pixels, or several, for which each is decoded once
     *,
     bs: int = 64, # images in a batch
     num_workers: int|None = None # loader processes; `default_workers` when not given
-) -> torch.utils.data.DataLoader: # of uint8 images (B, 3, size, size), their files, and unreadable file → reason
+) -> torch.utils.data.DataLoader: # of uint8 images (B, 3, size, size), listed if several sizes; files; unreadable → reason
     "A loader of image files for prediction."
     workers = default_workers(len(files)) if num_workers is None else num_workers
-    return torch.utils.data.DataLoader(_Files(files, size), bs, num_workers=workers, collate_fn=_split_bad,
-                                       multiprocessing_context=start_method if workers else None,
-                                       worker_init_fn=worker_init())
+    sizes = (size,) if isinstance(size, int) else size
+    return torch.utils.data.DataLoader(_Files(files, sizes), bs, num_workers=workers, worker_init_fn=worker_init(),
+                                       collate_fn=partial(_split_bad, alone=isinstance(size, int)),
+                                       multiprocessing_context=start_method if workers else None)

@@ -6,8 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/evaluate.stats.html.md"""
 
 # %% auto #0
 __all__ = ['pool_from', 'spread_ratio', 'max_images', 'max_seeds', 'Noise', 'noise', 'accuracy_interval', 'McNemar', 'mcnemar',
-           'holm', 'difference', 'uneven_spread', 'power', 'images_needed', 'seeds_needed', 'detectable', 'size_range',
-           'verdicts']
+           'holm', 'paired_interval', 'difference', 'uneven_spread', 'power', 'images_needed', 'seeds_needed',
+           'detectable', 'size_range', 'verdicts']
 
 # %% ../../nbs/510_evaluate.stats.ipynb #75b29046
 import math
@@ -166,6 +166,22 @@ def holm(
     out = np.empty(m)
     out[order] = np.minimum(np.maximum.accumulate(p[order]*(m - np.arange(m))), 1)
     return out
+
+# %% ../../nbs/510_evaluate.stats.ipynb #a4acd2a3
+def paired_interval(
+    correct: np.ndarray, # images: was the network right?
+    baseline: np.ndarray, # of the one to compare with, on the same images
+    level: float = .95 # share of image sets whose interval holds the true difference
+) -> tuple[float, float, float]: # difference of the accuracies, low, high
+    "Difference of two networks' accuracies with an interval over images, the same for both."
+    c, b = _checked(correct, baseline)
+    if (seeds := max(len(c), len(b))) > 1:
+        raise ValueError(f"{seeds} seeds: this compares two networks, and `difference` two methods over seeds")
+    won, lost, n = (c > b).sum(), (c < b).sum(), c.shape[1]
+    d = (won-lost)/(n+2)
+    half = stats.norm.ppf(.5+level/2)*math.sqrt((won+lost+1)/(n+2) - d*d)/math.sqrt(n+2)
+    met = float((won-lost)/n)
+    return met, float(max(min(d-half, met), -1)), float(min(max(d+half, met), 1))
 
 # %% ../../nbs/510_evaluate.stats.ipynb #7e48bd56
 def difference(
