@@ -40,9 +40,11 @@ from .runs import *
 from .evaluate.attribution import *
 from .evaluate.interpret import *
 from .evaluate.interpret import palette
+from .evaluate.calibration import *
 from .evaluate.stats import verdicts
 from .learner import *
 from .classifier import *
+from .callback.distill import Distill
 from .plan import auto_recipe, data_facts
 from .train import *
 from .predict import *

@@ -139,6 +139,7 @@ def auto_recipe(
     network, passes = _backbone(facts, given, fields, 60*minutes, device, weights_dir, told)
     passes = given.get('epochs') or passes
     fields |= network | training_fields(facts, network['pretrained'], passes)
+    if given.get('teacher'): fields['balance'] = 'none' # a teacher's answers know no classes that are too rare
     r = Recipe.from_dict(fields | {k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
     told.append(f"{facts.n_train:,} training images of about {facts.side} px{', grey' if facts.grey else ''}, which it will see "
                 f"{passes:.3g} times: {r.size} px, augmentation {r.augment}{', CutMix' if r.cutmix else ''}, {r.schedule} at rate {r.lr:g}")

@@ -21,6 +21,7 @@ from fastai.learner import Learner
 from .classifier import Classifier
 from .core import atomic_path, check_new, choice, counted, pick_device, track
 from .data.sources import formula_starts, image_files
+from .evaluate.calibration import tempered
 from .models.arithmetic import check_precision
 from .models.views import check_views, view_probs, view_sets, view_sizes
 
@@ -46,7 +47,7 @@ def predict_views(
         if not ok: yield torch.empty(len(view_sets[tta]), 0, len(h.classes)), ok, errors
         else:
             run = run or clf.network(xs[0], total, precision=precision)
-            p = view_probs(lambda x: run(x).float().softmax(1), xs, tta).cpu()
+            p = view_probs(lambda x: tempered(run(x), h.temperature), xs, tta).cpu()
             if len(odd := (~p.isfinite().all(2).all(0)).nonzero()):
                 raise ValueError(f"{ok[int(odd[0])]}: the probabilities are not numbers: is the model damaged?")
             yield p, ok, errors

@@ -187,6 +187,11 @@ class Recipe(PlainData):
                       choices=('smoothed', 'cross-entropy'))
     smoothing:float = option(.1, float, 'Training', "share of the label given to the other classes by loss smoothed",
                              lo=0, hi=.9)
+    teacher:str = option('', str, 'Training',
+                         "model file or run folder whose answers to the same images are learned instead of labels")
+    distill_temperature:float = option(2., float, 'Training', "softens the answers of teacher and student", above=0)
+    teacher_digest:str = option('', str, 'Training',
+                                "fingerprint of the teacher's file, which a run writes down: another file is refused")
     cutmix:float = option(.5, float, 'Training', "share of the batches that get CutMix", lo=0, hi=1)
     mixup:float = option(0., float, 'Training', "share of the batches that get MixUp", lo=0, hi=1)
     cutmix_alpha:tuple = option(1., tuple, 'Training', "Beta parameter of CutMix, or a range to draw it from", above=0)
@@ -276,7 +281,10 @@ class Recipe(PlainData):
         works = dict(
             freeze_epochs=(tuned and not self.minutes, "schedule fine-tune and epochs"),
             freeze_share=(tuned and self.minutes, "schedule fine-tune and minutes"),
-            train_bn=(tuned, "schedule fine-tune"), smoothing=(self.loss == 'smoothed', "loss smoothed"),
+            train_bn=(tuned, "schedule fine-tune"),
+            smoothing=(self.loss == 'smoothed' and not self.teacher, "loss smoothed and no teacher"),
+            distill_temperature=(self.teacher, "a teacher"), teacher_digest=(self.teacher, "a teacher"),
+            balance=(not self.teacher or self.balance in ('none', 'sampler'), "labels; with a teacher, choose sampler"),
             restart_epochs=(self.schedule == 'warm-restarts', "schedule warm-restarts"),
             restart_mult=(self.schedule == 'warm-restarts', "schedule warm-restarts"),
             cutmix_alpha=(self.cutmix > 0, "cutmix above 0"), mixup_alpha=(self.mixup > 0, "mixup above 0"),
@@ -301,6 +309,7 @@ def load_recipe(
 _mix = Recipe(head='mlp', augment='affine', opt='adamw', wd=1e-2, schedule='warm-restarts', loss='cross-entropy',
               cutmix=.4, mixup=.4, cutmix_alpha=(.8, 1.2), mixup_alpha=(.4, .6),
               plateau_patience=-1, stop_patience=0)
+_winner = Recipe(head='plain', size=320, lr=1e-5)
 
 recipes = {r.name: r for r in (
     Recipe(name='resnest', head='plain', loss='cross-entropy'),
@@ -310,6 +319,8 @@ recipes = {r.name: r for r in (
     replace(_mix, name='mix-resnext50', backbone='resnext50_32x4d.fb_swsl_ig1b_ft_in1k', epochs=200),
     replace(_mix, name='mix-resnext101', backbone='resnext101_32x8d.fb_swsl_ig1b_ft_in1k', epochs=310),
     replace(_mix, name='mix-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k_288', epochs=70),
+    replace(_winner, name='winner-resnest200', backbone='resnest200e.in1k'),
+    replace(_winner, name='winner-seresnextaa101d', backbone='seresnextaa101d_32x8d.sw_in12k_ft_in1k'),
     Recipe(name='demo', backbone='test_resnet', head='gated', pretrained=False, size=64, augment='none',
            epochs=10, bs=64, lr=5e-3, wd=.05, opt='adamw', schedule='one-cycle', cutmix=0.,
            plateau_patience=-1, stop_patience=0, precision='fp32'), # the same tour on every machine

@@ -132,7 +132,8 @@ def _calibration(run: Run) -> dict:
     alt = f'Accuracy against confidence; expected calibration error {calibration_error(run.preds):.3f}.'
     fig = _figure(plot_calibration(run.preds), alt, 'Points on the dashed line are as often right as their confidence promises; '
                   'below it the model promises too much.')
-    return dict(title='Calibration', figures=[fig], kind='narrow')
+    told = '. '.join(run.env.get('calibration', {}).get('lines', []))
+    return dict(title='Calibration', figures=[fig], kind='narrow', text=f'{told[0].upper()}{told[1:]}.' if told else '')
 
 def _classes(run: Run) -> dict:
     def row(c, r):

@@ -126,6 +126,7 @@ def read_env(
 # types, and of lists what they hold; a key may be missing
 _env_kinds: dict[str, Any] = {
     'data': dict, 'versions': dict, 'command': list, 'platform': str, 'started': str, 'device': str, 'gpu': str,
+    'calibration': dict, 'calibration.temperature': (int, float), 'calibration.lines': [str],
     'recipe': dict, 'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
     'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
 
@@ -191,7 +192,10 @@ def clear_stillborn(
     try:
         if file.is_file():
             was = load_recipe(file)
-            if was != (replace(recipe, bs=was.bs) if recipe.bs == 'auto' else recipe): return
+            settled: dict[str, Any] = dict(bs=was.bs) if recipe.bs == 'auto' else {}
+            if recipe.teacher and str(Path(recipe.teacher).resolve()) == was.teacher and not recipe.teacher_digest:
+                settled |= dict(teacher=was.teacher, teacher_digest=was.teacher_digest)
+            if was != replace(recipe, **settled): return
     except ValueError: return # cut off, or somebody's own
     with one_writer(run): # nobody is at it
         clear_leftovers(run)

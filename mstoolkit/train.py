@@ -36,18 +36,20 @@ from .callback.average import EMA
 from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.budget import Budget
 from .callback.checkpoint import Checkpoint
+from .callback.distill import Distill
 from .callback.mix import BatchMix
 from .callback.progress import TrainProgress
 from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
-from .classifier import Classifier, KeepModel, read_header
+from .classifier import Classifier, KeepModel, change_header, model_digest, read_header
 from .core import (RunError, atomic_path, check_new, keep_freed_memory, new_folder, out_of_memory, pick_device,
                             seed_everything, signals_wait, write_text)
 from .data.check import check_samples
 from .data.core import image_dls, set_size
 from .data.sources import DataSource, class_roots, data_source, left_aside
-from .evaluate.interpret import plot_curves, valid_predictions
+from .evaluate.calibration import calibrate, least_images
+from .evaluate.interpret import plot_curves, prediction_table
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, fast_precisions, layouts, precisions
@@ -107,6 +109,7 @@ def recipe_learner(
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
+    if r.teacher: cbs.append(Distill(r.teacher, r.distill_temperature))
     if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
     if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
     if r.clip: cbs.append(GradientClip(r.clip))
@@ -225,14 +228,16 @@ def _draw(learn: Learner, run: Path, monitor: str):
     with atomic_path(run_file(run, 'curves')) as tmp:
         plot_curves(learn, monitor=monitor).savefig(tmp, format='png', dpi=110)
 
-def _budget(r: Recipe, clock: float) -> list:
+def _budget(r: Recipe, learn: Learner, clock: float) -> list:
     "The budget of a run that began at `clock`, and what it has to keep free for the end."
     if not r.minutes: return []
     # predictions to keep and, in units of one validation, the trials of larger images; an average makes a validation two
     tried = [(s/r.size)**2 for s in [r.size, *larger_sizes(r.size)]] if r.test_size < 0 else []
     after = sum(tried) + max(tried, default=1)
+    # the model file is written once more, with its temperature
+    written = sum(p.numel()*p.element_size() for p in learn.model.parameters())/2e8
     return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
-                   passes_after=after/(2 if r.ema else 1), seconds_after=2.5)]
+                   passes_after=after/(2 if r.ema else 1), seconds_after=3 + written)]
 
 def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool, clock: float) -> dict:
     "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
@@ -242,7 +247,8 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     start = time.perf_counter()
     done = checkpoint.saved['learner']['callbacks']['run_history']['rows'] if resume else []
     if done: print(f"going on after epoch {len(done)}", flush=True)
-    try: stopped = fit_recipe(learn, r, [keep, checkpoint, StopOnNaN(), TrainProgress(), *_budget(r, clock), *(cbs or [])])
+    own = [keep, checkpoint, StopOnNaN(), TrainProgress(), *_budget(r, learn, clock)]
+    try: stopped = fit_recipe(learn, r, [*own, *(cbs or [])])
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e): raise
         raise RunError(_what_fits(r, learn)) from e
@@ -265,7 +271,8 @@ def choose_bs(
 ) -> Recipe: # with a number for `bs`
     "For `bs` 'auto', the largest batch up to 64 for which there is memory, and which leaves eight steps an epoch."
     if r.bs != 'auto': return r
-    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant', compile=False)
+    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant', compile=False,
+                     teacher='')
     dls = recipe_dls(sketch, data, **source)
     most = 2**int(math.log2(min(64, max(8, len(dls.train_ds)//8))))
     learn = recipe_learner(sketch, dls)
@@ -291,7 +298,7 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
     learn.path, state = run, run_file(run, 'state')
     try:
         result = _fit_into(learn, r, run, cbs, resume, clock)
-        write_text(run_file(run, 'preds'), valid_predictions(learn).to_csv(index=False))
+        result['calibration'] = _calibrate(learn, run)
         env.update(result)
         with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
             write_env(run, env)
@@ -306,6 +313,15 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
         raise
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
           f"{env['seconds']/60:.1f} min", flush=True)
+
+def _calibrate(learn: Learner, run: Path) -> dict: # what came out, as plain values
+    "Fit a temperature on validation, put it into the model file, and write down what the model says of each image."
+    with learn.no_bar(), learn.no_logging(): logits, y = learn.get_preds(act=noop)
+    found = calibrate(logits, y)
+    if found.temperature != 1: change_header(run, temperature=found.temperature)
+    if found.images >= least_images: print(*found.lines(), sep='\n', flush=True)
+    write_text(run_file(run, 'preds'), prediction_table(learn, learn.dls.valid, found.probs, y).to_csv(index=False))
+    return found.plain()
 
 def _take_back(run: Path):
     "A run that ended no epoch has nothing to keep, and should not take the name."
@@ -327,6 +343,15 @@ def _settled(recipe: Recipe|str|Path, given: dict, weights_dir: str|Path) -> Rec
     return Recipe.from_dict(given, r).check_effect(given) if given else r
 
 # %% ../nbs/710_train.ipynb #e0d0c19f
+def _with_teacher(r: Recipe) -> Recipe:
+    "The recipe with its teacher settled: where the file is, and which it is."
+    if not r.teacher: return r
+    digest = model_digest(r.teacher)
+    if r.teacher_digest not in ('', digest):
+        raise ValueError(f"the teacher {r.teacher!r} is another file than it was: its fingerprint is {digest}, and "
+                         f"the recipe has {r.teacher_digest}; put the old file back, or train anew without that field")
+    return replace(r, teacher=str(Path(r.teacher).resolve()), teacher_digest=digest)
+
 def _told(r: Recipe) -> dict: # plain values, of what a resumed run may not change
     return {f.name: str(getattr(r, f.name)) for f in fields(r) if f.name not in ('name', 'device', 'num_workers', 'minutes')}
 
@@ -358,7 +383,7 @@ def train(
     if within := next((o for o in class_roots(source) if out.resolve().is_relative_to(o.resolve())), None):
         raise ValueError(f"the run folder {str(out)!r} would lie among the class folders of {str(within)!r}, and be taken for a class: "
                          "give another place with out= (--out)")
-    r = r or _planned(source, given, weights_dir, out)
+    r = _with_teacher(r or _planned(source, given, weights_dir, out))
     clear_stillborn(out, r)
     check_new(out, 'run folder')
     r = choose_bs(r, source)
@@ -405,7 +430,7 @@ def resume_run(
     stopped_run(run)
     with one_writer(run):
         env = stopped_run(run)  # once more: another process may just have ended it
-        r = load_recipe(run_file(run, 'recipe'))
+        r = _with_teacher(load_recipe(run_file(run, 'recipe')))
         if minutes:
             if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
             r = replace(r, minutes=minutes)
