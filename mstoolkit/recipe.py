@@ -189,7 +189,7 @@ class Recipe(PlainData):
                              lo=0, hi=.9)
     teacher:str = option('', str, 'Training',
                          "model file or run folder whose answers to the same images are learned instead of labels")
-    distill_temperature:float = option(2., float, 'Training', "softens the answers of teacher and student", above=0)
+    soften:float = option(2., float, 'Training', "temperature of the teacher's and the student's answers; 1 softens nothing", above=0)
     teacher_digest:str = option('', str, 'Training',
                                 "fingerprint of the teacher's file, which a run writes down: another file is refused")
     cutmix:float = option(.5, float, 'Training', "share of the batches that get CutMix", lo=0, hi=1)
@@ -283,7 +283,7 @@ class Recipe(PlainData):
             freeze_share=(tuned and self.minutes, "schedule fine-tune and minutes"),
             train_bn=(tuned, "schedule fine-tune"),
             smoothing=(self.loss == 'smoothed' and not self.teacher, "loss smoothed and no teacher"),
-            distill_temperature=(self.teacher, "a teacher"), teacher_digest=(self.teacher, "a teacher"),
+            soften=(self.teacher, "a teacher"), teacher_digest=(self.teacher, "a teacher"),
             balance=(not self.teacher or self.balance in ('none', 'sampler'), "labels; with a teacher, choose sampler"),
             restart_epochs=(self.schedule == 'warm-restarts', "schedule warm-restarts"),
             restart_mult=(self.schedule == 'warm-restarts', "schedule warm-restarts"),

@@ -109,7 +109,9 @@ def recipe_learner(
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
-    if r.teacher: cbs.append(Distill(r.teacher, r.distill_temperature))
+    if r.teacher:
+        cbs.append(Distill(r.teacher, r.soften, precision=check_precision(r.precision, dls.device),
+                           memory_format=r.memory_format))
     if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
     if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
     if r.clip: cbs.append(GradientClip(r.clip))

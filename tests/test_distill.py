@@ -193,19 +193,22 @@ def test_the_measured_arithmetic_is_part_of_the_state():
     model = multiscale_model('test_resnet', 'plain', 3, pretrained=False)
     run = Classifier(model, spied().header).network(torch.rand(2, 3, 32, 32), 10_000, precision='auto', way=('fp32', 'channels-last'))
     assert run.args[0] == ('fp32', 'channels-last')
+    assert Distill(spied(), precision='fp32', memory_format='contiguous').way == ('fp32', 'contiguous')
+    for kw in dict(precision='exact'), dict(memory_format='nhwc'):
+        with pytest.raises(ValueError, match='unknown'): Distill(spied(), **kw)
 
 
 def test_on_the_command_line(teacher, image_folder, tmp_path, tiny_options, capsys):
     out = tmp_path/'student'
-    assert main(['distill', str(teacher), str(image_folder), *tiny_options, '--distill-temperature', '1', '--out', str(out)]) == 0
+    assert main(['distill', str(teacher), str(image_folder), *tiny_options, '--soften', '1', '--out', str(out)]) == 0
     r = load_recipe(out/'recipe.toml')
-    assert (r.teacher, r.distill_temperature) == (str(teacher), 1.)
+    assert (r.teacher, r.soften) == (str(teacher), 1.)
     assert main(['predict', str(out), str(image_folder/'test'), '--out', str(tmp_path/'p.csv')]) == 0
     capsys.readouterr()
     for args, says in ((['distill', str(tmp_path/'none'), str(image_folder)], 'there is no teacher'),
                        (['distill', str(teacher), str(image_folder), *tiny_options, '--smoothing', '.2'], "'smoothing' has no effect here"),
                        (['distill', str(teacher), str(image_folder), *tiny_options, '--balance', 'logit-adjust'], 'choose sampler'),
-                       (['train', str(image_folder), *tiny_options, '--distill-temperature', '3'], "'distill_temperature' has no effect here")):
+                       (['train', str(image_folder), *tiny_options, '--soften', '3'], "'soften' has no effect here")):
         assert main([*args, '--out', str(tmp_path/'never')]) == 2
         err = capsys.readouterr().err
         assert says in err and err.count('\n') == 1, err

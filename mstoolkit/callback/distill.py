@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .mix import BatchMix
 from ..classifier import Classifier
+from ..core import choice
 from ..data.core import NormalizeUint8
+from ..models.arithmetic import layouts, precisions
 
 # %% ../../nbs/630_callback.distill.ipynb #cff2f020
 def _stats(dls: DataLoaders) -> tuple: # mean and deviation, per channel, of images scaled to 0…1
@@ -39,13 +41,16 @@ class Distill(Callback):
         teacher: Classifier|str|Path, # a classifier, a model file or a run folder; of the data's classes, in any order
         temperature: float = 2., # softens both answers; above 1, more of what the teacher thinks of the other classes
         *,
-        precision: str = 'auto', # numbers the teacher computes in: auto, fp32, exact, bf16 or fp16
+        precision: str = 'auto', # numbers the teacher computes in: auto (what is fastest), fp32, bf16 or fp16
+        memory_format: str = 'auto', # layout of its maps: auto, contiguous or channels-last
         stats: tuple|None = None # (mean, std) of the learner's images, per channel, where its data does not tell
     ):
         if not temperature > 0: raise ValueError(f"temperature is {temperature}: give a number above 0, 1 to soften nothing")
         self.teacher = teacher if isinstance(teacher, Classifier) else Classifier.load(teacher)
         self.temperature, self.precision, self.stats = temperature, precision, stats
-        self.way: tuple|None = None
+        choice(precision, ('auto', *precisions), 'precision')
+        choice(memory_format, ('auto', *layouts), 'memory_format')
+        self.way: tuple|None = None if 'auto' in (precision, memory_format) else (precision, memory_format)
         self.network: Callable|None = None
 
     def before_fit(self):
