@@ -33,6 +33,7 @@ from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
 from .callback.smoothing import *
+from .callback.probe import *
 from .callback.speed import *
 from .callback.tracker import *
 from .runs import *

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +25,11 @@ from torch import nn
 
 from . import __version__
 from .callback.tracker import KeepBest
-from .core import atomic_path, choice, keep_freed_memory
+from .core import atomic_path, choice
 from .data.core import NormalizeUint8, get_stats, image_loader, valid_size
 from .data.workers import end_loader, start_loader, worker_deaths
-from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
-                                         time_ways, told, ways)
-from .models.fold import fold_batchnorms
+from .models.arithmetic import precisions
+from .models.fold import network_for
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
 from .runs import library_versions, run_file
@@ -187,15 +185,9 @@ class Classifier:
         choice(precision, ('auto', 'exact', *precisions), 'precision')
         model = self.model.eval()
         if precision == 'exact': return torch.inference_mode()(model.forward)
-        can = ways(precision, 'auto', x.device)
-        if n < 200: return partial(run_in, can[0], model)  # what follows takes as long as some images do
-        if x.device.type == 'cpu': keep_freed_memory()
-        model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
-        way, rounds = can[0], rounds_within(n//len(few), len(can), share=.03)
-        if rounds:
-            way = fastest(took := time_ways(prediction_step(model, few, can), can, rounds))
-            if precision == 'auto': print(f"arithmetic: {told(way, took, f'{len(few)} images')}", file=sys.stderr, flush=True)
-        return partial(run_in, way, model.to(memory_format=layouts[way[1]]))
+        run, note = network_for(model, x, n, precision=precision)
+        if note and precision == 'auto': print(f"arithmetic: {note}", file=sys.stderr, flush=True)
+        return run
 
     @classmethod
     def from_report_a(cls,

@@ -49,7 +49,7 @@ def _common(version: Annotated[bool, typer.Option('--version', callback=_show_ve
 # %% ../nbs/810_cli.ipynb #6ba361a2
 _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
-    head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'strong', 'upright', 'shift'),
+    head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'photo', 'strong', 'upright', 'shift'),
     device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
     on_bad=('error', 'skip'), data=('navon', 'digits', 'fashion-mnist'))
 

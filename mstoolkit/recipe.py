@@ -160,13 +160,17 @@ class Recipe(PlainData):
     # data
     size:int = option(224, int, 'Data', "side of the square images the model sees, in pixels", lo=8, hi=4096)
     augment:str = option('light', str, 'Data',
-                         "augmentation of the training images: none, light, affine, strong, upright or shift")
+                         "augmentation of the training images: none, light, affine, photo, strong, upright or shift")
     num_workers:int = option(-1, int, 'Data', "loader processes; -1 chooses by machine and data", lo=-1, hi=256)
     # training
     epochs:int = option(100, int, 'Training', "epochs at the most; 0 where minutes decide", lo=0)
     minutes:float = option(0., float, 'Training', "train for so long in the place of epochs, everything counted; 0: epochs decide", lo=0)
     freeze_epochs:int = option(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
     freeze_share:float = option(.1, float, 'Training', "the same under minutes: the phase's share of the training time", lo=0, hi=.9)
+    probe:bool = option(False, bool, 'Training',
+                        "in the frozen phase train the head to its end, on features computed once")
+    frozen_stages:int = option(0, int, 'Training', "first stages that never learn, which saves time", lo=0)
+    freeze_norms:bool = option(False, bool, 'Training', "the backbone's batch norms keep the statistics they came with")
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
     bs:int = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')
@@ -274,7 +278,8 @@ class Recipe(PlainData):
         "Refuse a field that was given and changes nothing."
         mixed, tuned = self.cutmix + self.mixup > 0, self.schedule == 'fine-tune'
         works = dict(
-            freeze_epochs=(tuned and not self.minutes, "schedule fine-tune and epochs"),
+            freeze_epochs=(tuned and not self.minutes and not self.probe, "schedule fine-tune and epochs, without probe"),
+            probe=(tuned, "schedule fine-tune"),
             freeze_share=(tuned and self.minutes, "schedule fine-tune and minutes"),
             train_bn=(tuned, "schedule fine-tune"), smoothing=(self.loss == 'smoothed', "loss smoothed"),
             restart_epochs=(self.schedule == 'warm-restarts', "schedule warm-restarts"),

@@ -37,6 +37,7 @@ from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.budget import Budget
 from .callback.checkpoint import Checkpoint
 from .callback.mix import BatchMix
+from .callback.probe import FreezeNorms, FreezeStages, ProbeHead
 from .callback.progress import TrainProgress
 from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
@@ -106,6 +107,8 @@ def recipe_learner(
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
+    if r.frozen_stages: cbs.append(FreezeStages(r.frozen_stages))
+    if r.freeze_norms: cbs.append(FreezeNorms())
     if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
     if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
     if r.clip: cbs.append(GradientClip(r.clip))
@@ -129,6 +132,7 @@ def fit_recipe(
     if r.plateau_patience >= 0: cbs.append(PlateauLR(r.monitor, factor=r.plateau_factor, patience=r.plateau_patience))
     if r.stop_patience > 0: cbs.append(stop := EarlyStop(r.monitor, patience=r.stop_patience))
     if r.ema: cbs.append(EMA(r.ema, monitor=r.monitor))
+    if r.probe: cbs.append(ProbeHead())
     if r.start_size: cbs.append(GrowingSize(r.start_size))
     if r.minutes and not any(isinstance(cb, Budget) for cb in cbs): cbs.append(Budget(r.minutes, frozen=r.freeze_share))
     schedules[r.schedule](learn, r, cbs)
@@ -136,8 +140,8 @@ def fit_recipe(
 
 def _fine_tune(learn, r, cbs):
     "fastai's two phases; where rates fall by stage as the recipe says, they do not fall by fastai's own rule besides."
-    learn.fine_tune(_epochs(r), r.lr, freeze_epochs=Budget.most if r.minutes else r.freeze_epochs, lr_mult=100 if r.layer_decay == 1 else 1,
-                    wd=r.wd, cbs=cbs)
+    frozen = 1 if r.probe else Budget.most if r.minutes else r.freeze_epochs
+    learn.fine_tune(_epochs(r), r.lr, freeze_epochs=frozen, lr_mult=100 if r.layer_decay == 1 else 1, wd=r.wd, cbs=cbs)
 
 def _epochs(r: Recipe) -> int: return Budget.most if r.minutes else r.epochs
 

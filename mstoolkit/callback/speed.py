@@ -12,6 +12,7 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
+from torch import nn
 from torch.amp import GradScaler
 
 from .core import is_training_fit
@@ -123,12 +124,18 @@ class Arithmetic(MixedPrecision):
 
 # %% ../../nbs/380_callback.speed.ipynb #29a23d43
 class FrozenBody(Callback):
-    "While no weight of the body learns, run it as in evaluation: its norms keep their statistics, nothing in it is dropped."
+    "Run what does not learn of the body as in evaluation: its norms keep their statistics, nothing in it is dropped."
     order, run_valid = TrainEvalCallback.order+1, False  # which puts all of the model into training mode
     def before_train(self):
         "Look at the body."
-        body = self.model[0] if isinstance(self.model, MultiScaleModel) else None
-        if body is not None and not any(p.requires_grad for p in body.parameters()): body.eval()
+        if isinstance(self.model, MultiScaleModel): _rest(self.model[0])
+
+def _rest(m: nn.Module):
+    "Put what has weights and learns none of them into evaluation mode."
+    learns = [p.requires_grad for p in m.parameters()]
+    if learns and not any(learns): m.eval()
+    elif not all(learns):
+        for child in m.children(): _rest(child)
 
 # %% ../../nbs/380_callback.speed.ipynb #d223d689
 class KeepWorkers(Callback):

@@ -154,13 +154,16 @@ def _wait(device: torch.device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
 
 def training_step(
-    model: nn.Module, # run as copies, one for each layout, that train all of their weights
+    model: nn.Module, # run as copies, one for each layout; all of their weights train, where only the last part's would
     x: torch.Tensor, # (B, C, H, W) images
     ways: list[tuple[str, str]] # from `ways`
 ) -> Callable: # way → None
     "A training step to time."
     used = {layout for _, layout in ways}
-    copies = {n: deepcopy(model).train().requires_grad_().to(memory_format=layouts[n]) for n in used}
+    copies = {n: deepcopy(model).train().to(memory_format=layouts[n]) for n in used}
+    body = next(model.children(), model)
+    if not any(p.requires_grad for p in body.parameters()): # a frozen phase, which the longer one follows
+        for o in copies.values(): o.requires_grad_()
     xs = {n: x.contiguous(memory_format=layouts[n]) for n in used}
     def step(way):
         precision, layout = way
