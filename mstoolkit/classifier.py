@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from fastai.learner import Learner
@@ -29,8 +30,8 @@ from .callback.tracker import KeepBest
 from .core import atomic_path, choice, keep_freed_memory
 from .data.core import NormalizeUint8, get_stats, image_loader, valid_size
 from .data.workers import end_loader, start_loader, worker_deaths
-from .models.arithmetic import (fastest, few_images, layouts, precisions, prediction_step, rounds_within, run_in,
-                                         time_ways, told, ways)
+from .models.arithmetic import (compiled_to_predict, fastest, few_images, layouts, precisions, prediction_step,
+                                         rounds_within, run_in, time_ways, told, ways)
 from .models.fold import fold_batchnorms
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
@@ -191,11 +192,15 @@ class Classifier:
         if n < 200: return partial(run_in, can[0], model)  # what follows takes as long as some images do
         if x.device.type == 'cpu': keep_freed_memory()
         model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
-        way, rounds = can[0], rounds_within(n//len(few), len(can), share=.03)
-        if rounds:
-            way = fastest(took := time_ways(prediction_step(model, few, can), can, rounds))
-            if precision == 'auto': print(f"arithmetic: {told(way, took, f'{len(few)} images')}", file=sys.stderr, flush=True)
-        return partial(run_in, way, model.to(memory_format=layouts[way[1]]))
+        rounds = rounds_within(n//len(few), len(can), share=.03)
+        took = time_ways(prediction_step(model, few, can), can, rounds) if rounds else {}
+        way = fastest(took) if took else can[0]
+        run = model.to(memory_format=layouts[way[1]])
+        if precision == 'auto' and took:
+            run, said = compiled_to_predict(run, x, way, n/len(few)*median(took[way]))
+            line = '; '.join(filter(None, [told(way, took, f'{len(few)} images'), said]))
+            print(f'arithmetic: {line}', file=sys.stderr, flush=True)
+        return partial(run_in, way, run)
 
     @classmethod
     def from_report_a(cls,

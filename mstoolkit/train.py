@@ -109,13 +109,12 @@ def recipe_learner(
     if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
     if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
     if r.clip: cbs.append(GradientClip(r.clip))
-    cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format))
+    cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format, r.compile))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
                            n_stages=r.n_stages, timm_kw=_timm_options(r.timm), loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
                            wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs, recompute=r.recompute)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
-    if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are
     return learn
 
 # %% ../nbs/710_train.ipynb #aa09e0b0
@@ -255,11 +254,11 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
         _draw(learn, run, r.monitor)
     if r.test_size < 0: _pick_test_size(learn, r, run_file(run, 'model'))
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
-    (precision, layout), took = learn.arithmetic.way, learn.arithmetic.took
+    a = learn.arithmetic
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
             'epochs': len(learn.run_history.rows), 'stopped': stopped,
-            'precision': precision, 'memory_format': layout,
-            'seconds_a_step': {' '.join(w): median(s) for w, s in took.items()}, 'seconds': round(seconds, 1)}
+            'precision': a.way[0], 'memory_format': a.way[1], 'compiled': bool(a.compiled), 'compile': a.tried,
+            'seconds_a_step': {' '.join(w): median(s) for w, s in a.took.items()}, 'seconds': round(seconds, 1)}
 
 # %% ../nbs/710_train.ipynb #33485734
 def choose_bs(
@@ -269,7 +268,7 @@ def choose_bs(
 ) -> Recipe: # with a number for `bs`
     "For `bs` 'auto', the largest batch up to 64 for which there is memory, and which leaves eight steps an epoch."
     if r.bs != 'auto': return r
-    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant', compile=False)
+    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant')
     dls = recipe_dls(sketch, data, **source)
     most = 2**int(math.log2(min(64, max(8, len(dls.train_ds)//8))))
     learn = recipe_learner(sketch, dls)
@@ -382,7 +381,10 @@ def train(
 # %% ../nbs/710_train.ipynb #7aa62238
 def _check_same(now: dict, was: dict, path: str):
     "Refuse other data or another recipe; say what else is not as it was."
-    if edited := [f'{k} {was["recipe"][k]} then, {v} now' for k, v in now['recipe'].items() if v != was.get('recipe', {}).get(k, v)]:
+    begun = was.get('recipe', {})
+    if (c := begun.get('compile')) in ('True', 'False'): # as it was written once
+        begun = begun | {'compile': 'on' if c == 'True' else 'off'}
+    if edited := [f'{k} {begun[k]} then, {v} now' for k, v in now['recipe'].items() if v != begun.get(k, v)]:
         raise ValueError(f"the recipe was edited since the run began: {'; '.join(edited)}; put that back, or train anew")
     if now['data']['digest'] != was['data']['digest']:
         told = "{train:,} training and {valid:,} validation images of {classes} classes"

@@ -22,8 +22,6 @@ from mstoolkit.models.arithmetic import layouts
 from mstoolkit.models.fold import fold_batchnorms
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
-from mstoolkit.recipe import Recipe
-from mstoolkit.train import train
 from tiny import quiet, tiny_learner
 
 
@@ -376,9 +374,3 @@ def test_other_load_is_told(busy, told, learn, stopwatch, monkeypatch, capsys):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's switch")
 def test_keep_freed_memory(): assert keep_freed_memory() is True
-
-
-@pytest.mark.slow
-def test_a_compiled_run_trains_and_its_model_file_loads(image_folder, tiny, tmp_path):
-    learn = train(Recipe(**tiny, compile=True), image_folder, tmp_path/'run')
-    assert len(learn.run_history.rows) == 1 and Classifier.load(tmp_path/'run').header.classes == ['2', '10', 'red apple']
