@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -157,19 +158,21 @@ def _sizes(size: int, stride: int = 32) -> list[int]:
     more = (stride//2*round(2*k*size/stride) for k in (1.2, 1.4))
     return list(dict.fromkeys([size, *(s for s in more if s > size)]))
 
-def _pick_test_size(learn: Learner, r: Recipe, model: Path):
+def _pick_test_size(learn: Learner, r: Recipe, model: Path) -> pd.DataFrame: # what is predicted there
     "Predict validation at some sizes, and let model file and data have the best."
-    tried = {}
+    tried: dict = {}
     for s in _sizes(r.size):
         set_size(learn.dls.valid, s)
         with learn.no_bar(), learn.no_logging(): logits, y = learn.get_preds(act=noop)
         tried[s] = float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
-    best = min(tried, key=lambda s: tried[s][0])
+        best = min(tried, key=lambda s: tried[s][0])
+        if best == s: found = getattr(learn.loss_func, 'activation', noop)(logits), y
     each = ', '.join(f'{s} px {loss:.4f} ({acc:.4f})' for s, (loss, acc) in tried.items())
     print(f'size to predict at: {best} px; validation loss (accuracy) at {each}', flush=True)
     set_size(learn.dls.valid, best)
     metrics = read_header(model).metrics | {'valid_loss': tried[best][0], 'accuracy': tried[best][1]}
     Classifier.from_learner(learn, metrics).save(model)
+    return valid_predictions(learn, found=found)
 
 # %% ../nbs/710_train.ipynb #9a62d77c
 def _digest(dls: DataLoaders) -> str:
@@ -232,8 +235,7 @@ def _budget(r: Recipe, clock: float) -> list:
     "The budget of a run that began at `clock`, and what it has to keep free for the end."
     if not r.minutes: return []
     # predictions to keep and, in units of one validation, the trials of larger images; an average makes a validation two
-    tried = [(s/r.size)**2 for s in _sizes(r.size)] if r.test_size < 0 else []
-    after = sum(tried) + max(tried, default=1)
+    after = sum((s/r.size)**2 for s in _sizes(r.size)) if r.test_size < 0 else 1
     return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
                    passes_after=after/(2 if r.ema else 1), seconds_after=2.5)]
 
@@ -252,7 +254,8 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     finally:
         learn.arithmetic.close() # a batch that was broken off has left autocast on, for all that this process does next
         _draw(learn, run, r.monitor)
-    if r.test_size < 0: _pick_test_size(learn, r, run_file(run, 'model'))
+    preds = _pick_test_size(learn, r, run_file(run, 'model')) if r.test_size < 0 else valid_predictions(learn)
+    write_text(run_file(run, 'preds'), preds.to_csv(index=False))
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
     a = learn.arithmetic
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
@@ -294,7 +297,6 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
     learn.path, state = run, run_file(run, 'state')
     try:
         result = _fit_into(learn, r, run, cbs, resume, clock)
-        write_text(run_file(run, 'preds'), valid_predictions(learn).to_csv(index=False))
         env.update(result)
         with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
             write_env(run, env)
