@@ -43,7 +43,7 @@ class Arithmetic(MixedPrecision):
         choice(memory_format, ('auto', *layouts), 'memory_format')
         choice(compile, ('auto', 'on', 'off'), 'compile')
         self.asked, self.min_gain, self.share, self.kwargs = (precision, memory_format), min_gain, share, {}
-        self.chosen, self.took, self.autocast, self.batch_seconds = None, {}, None, 0.
+        self.chosen, self.took, self.autocast, self.batch_seconds, self.warned = None, {}, None, 0., False
         # a precision that is named is a promise of numbers that repeat; None is not decided yet
         self.auto, self.compile_seconds, self.tried = compile == 'auto', compile_seconds, {}
         self.compiled = dict(on=True, off=False).get(compile, None if precision == 'auto' else False)
@@ -64,7 +64,8 @@ class Arithmetic(MixedPrecision):
         self.device = next(self.model.parameters()).device
         self.open = ways(*self.asked, self.device)
         if len(self.open) == 1: self.chosen = self.open[0]
-        if self.asked[0] == 'bf16' and self.device.type == 'cpu' and not cpu_has_bf16():
+        if self.asked[0] == 'bf16' and self.device.type == 'cpu' and not cpu_has_bf16() and not self.warned:
+            self.warned = True
             print("precision bf16: this processor has no instructions for it, and will be slower than in fp32", flush=True)
         self.close()
         self._apply()
