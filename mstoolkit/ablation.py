@@ -262,7 +262,7 @@ def _step_seconds(r: Recipe, dls: DataLoaders, n: int = 3, limit: float = 5.) ->
     return min(took[1:] or took)
 
 # what a step's time depends on
-_costs = 'backbone', 'head', 'n_stages', 'size', 'bs', 'augment', 'precision', 'memory_format', 'compile'
+_costs = 'backbone', 'head', 'n_stages', 'size', 'bs', 'augment', 'precision', 'memory_format'
 
 def _estimates(jobs: list[Job], source: DataSource) -> dict:
     "Seconds of each unfinished job: from finished runs of its cell, else from a few steps of such a network."
@@ -313,6 +313,7 @@ def run_study(
     # a stopwatch's choice could differ between runs
     if base.memory_format == 'auto': base = replace(base, memory_format='contiguous')
     if base.precision == 'auto': base = replace(base, precision='fp32')
+    if base.compile == 'auto': base = replace(base, compile='off')
     source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
     for what, n in dict(seeds=seeds, jobs=jobs, threads=threads).items():

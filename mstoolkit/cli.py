@@ -200,7 +200,7 @@ def predict(
     device: Annotated[str, typer.Option(autocompletion=_complete(_names['device']),
         help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
     precision: Annotated[str, typer.Option(autocompletion=_complete(_names['precision']),
-        help="numbers computed in: fp32; exact (fp32, and the same bits every time); bf16, fp16, or auto (what is fastest)")] = 'fp32',
+        help="numbers computed in: fp32; exact (fp32, the same bits every time); bf16, fp16, or auto (fastest, compiled too)")] = 'fp32',
     plugin: Plugin = None,
 ):
     "Classify a folder of images into a CSV."

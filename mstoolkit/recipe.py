@@ -224,14 +224,17 @@ class Recipe(PlainData):
     recompute:bool = option(False, bool, 'Machine',
                             "compute activations again in the backward pass instead of keeping them: less memory, "
                             "about a third slower")
-    compile:bool = option(False, bool, 'Machine',
-                          "compile the network with torch.compile; pays on long runs, mostly on GPUs")
+    compile:str = option('auto', str, 'Machine',
+                         "torch.compile: auto tries it in a run of hours with precision auto, keeps it if faster",
+                         choices=('auto', 'on', 'off'))
     precision:str = option('auto', str, 'Machine',
                            "numbers computed in: auto times fp32 and the device's 16-bit format, keeps the faster",
                            choices=('auto', 'fp32', 'bf16', 'fp16'))
     seed:int = option(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
     def __post_init__(self):
+        if isinstance(self.compile, bool): # as it was written once
+            object.__setattr__(self, 'compile', 'on' if self.compile else 'off')
         super().__post_init__()
         folder_name(self.name, 'a recipe')
         if self.cutmix + self.mixup > 1:

@@ -164,7 +164,7 @@ def _facts(run: Run) -> dict:
     each, started = f'{trained}{_spread(n)} validation images each', e.get('started', '–')
     wait = f", {h.data_wait.mean():.0%} of it waiting for data" if 'data_wait' in h else ''
     machine = (e.get('platform'), e.get('gpu') or e.get('device'), f"{e.get('processors', '?')} threads",
-               e.get('precision'), e.get('memory_format'))
+               e.get('precision'), e.get('memory_format'), 'compiled' if e.get('compiled') else '')
     facts = {'Data': run.source.path, 'Images': images, 'Classes': f"{d.get('classes', len(n))}; {each}",
              'Time': f"{_clock(e.get('seconds', 0))}; {_clock(h.seconds.mean())} an epoch{wait}",
              'Machine': ', '.join(filter(None, machine)), 'Started': started,

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -112,13 +113,12 @@ def recipe_learner(
     if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
     if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
     if r.clip: cbs.append(GradientClip(r.clip))
-    cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format))
+    cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format, r.compile))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
                            n_stages=r.n_stages, timm_kw=_timm_options(r.timm), loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
                            wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs, recompute=r.recompute)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
-    if r.compile: learn.model.compile()  # in place: names and state_dict stay as they are
     return learn
 
 # %% ../nbs/710_train.ipynb #aa09e0b0
@@ -162,19 +162,21 @@ def _sizes(size: int, stride: int = 32) -> list[int]:
     more = (stride//2*round(2*k*size/stride) for k in (1.2, 1.4))
     return list(dict.fromkeys([size, *(s for s in more if s > size)]))
 
-def _pick_test_size(learn: Learner, r: Recipe, model: Path):
+def _pick_test_size(learn: Learner, r: Recipe, model: Path) -> pd.DataFrame: # what is predicted there
     "Predict validation at some sizes, and let model file and data have the best."
-    tried = {}
+    tried: dict = {}
     for s in _sizes(r.size):
         set_size(learn.dls.valid, s)
         with learn.no_bar(), learn.no_logging(): logits, y = learn.get_preds(act=noop)
         tried[s] = float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
-    best = min(tried, key=lambda s: tried[s][0])
+        best = min(tried, key=lambda s: tried[s][0])
+        if best == s: found = getattr(learn.loss_func, 'activation', noop)(logits), y
     each = ', '.join(f'{s} px {loss:.4f} ({acc:.4f})' for s, (loss, acc) in tried.items())
     print(f'size to predict at: {best} px; validation loss (accuracy) at {each}', flush=True)
     set_size(learn.dls.valid, best)
     metrics = read_header(model).metrics | {'valid_loss': tried[best][0], 'accuracy': tried[best][1]}
     Classifier.from_learner(learn, metrics).save(model)
+    return valid_predictions(learn, found=found)
 
 # %% ../nbs/710_train.ipynb #9a62d77c
 def _digest(dls: DataLoaders) -> str:
@@ -237,8 +239,7 @@ def _budget(r: Recipe, clock: float) -> list:
     "The budget of a run that began at `clock`, and what it has to keep free for the end."
     if not r.minutes: return []
     # predictions to keep and, in units of one validation, the trials of larger images; an average makes a validation two
-    tried = [(s/r.size)**2 for s in _sizes(r.size)] if r.test_size < 0 else []
-    after = sum(tried) + max(tried, default=1)
+    after = sum((s/r.size)**2 for s in _sizes(r.size)) if r.test_size < 0 else 1
     return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
                    passes_after=after/(2 if r.ema else 1), seconds_after=2.5)]
 
@@ -257,13 +258,14 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     finally:
         learn.arithmetic.close() # a batch that was broken off has left autocast on, for all that this process does next
         _draw(learn, run, r.monitor)
-    if r.test_size < 0: _pick_test_size(learn, r, run_file(run, 'model'))
+    preds = _pick_test_size(learn, r, run_file(run, 'model')) if r.test_size < 0 else valid_predictions(learn)
+    write_text(run_file(run, 'preds'), preds.to_csv(index=False))
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
-    (precision, layout), took = learn.arithmetic.way, learn.arithmetic.took
+    a = learn.arithmetic
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
             'epochs': len(learn.run_history.rows), 'stopped': stopped,
-            'precision': precision, 'memory_format': layout,
-            'seconds_a_step': {' '.join(w): median(s) for w, s in took.items()}, 'seconds': round(seconds, 1)}
+            'precision': a.way[0], 'memory_format': a.way[1], 'compiled': bool(a.compiled), 'compile': a.tried,
+            'seconds_a_step': {' '.join(w): median(s) for w, s in a.took.items()}, 'seconds': round(seconds, 1)}
 
 # %% ../nbs/710_train.ipynb #33485734
 def choose_bs(
@@ -273,7 +275,7 @@ def choose_bs(
 ) -> Recipe: # with a number for `bs`
     "For `bs` 'auto', the largest batch up to 64 for which there is memory, and which leaves eight steps an epoch."
     if r.bs != 'auto': return r
-    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant', compile=False)
+    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant')
     dls = recipe_dls(sketch, data, **source)
     most = 2**int(math.log2(min(64, max(8, len(dls.train_ds)//8))))
     learn = recipe_learner(sketch, dls)
@@ -299,7 +301,6 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
     learn.path, state = run, run_file(run, 'state')
     try:
         result = _fit_into(learn, r, run, cbs, resume, clock)
-        write_text(run_file(run, 'preds'), valid_predictions(learn).to_csv(index=False))
         env.update(result)
         with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
             write_env(run, env)
@@ -386,7 +387,10 @@ def train(
 # %% ../nbs/710_train.ipynb #7aa62238
 def _check_same(now: dict, was: dict, path: str):
     "Refuse other data or another recipe; say what else is not as it was."
-    if edited := [f'{k} {was["recipe"][k]} then, {v} now' for k, v in now['recipe'].items() if v != was.get('recipe', {}).get(k, v)]:
+    begun = was.get('recipe', {})
+    if (c := begun.get('compile')) in ('True', 'False'): # as it was written once
+        begun = begun | {'compile': 'on' if c == 'True' else 'off'}
+    if edited := [f'{k} {begun[k]} then, {v} now' for k, v in now['recipe'].items() if v != begun.get(k, v)]:
         raise ValueError(f"the recipe was edited since the run began: {'; '.join(edited)}; put that back, or train anew")
     if now['data']['digest'] != was['data']['digest']:
         told = "{train:,} training and {valid:,} validation images of {classes} classes"

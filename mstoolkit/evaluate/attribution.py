@@ -63,18 +63,19 @@ def _linear_head(net: nn.Module) -> nn.Module:
     return head
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #17b3e4ce
-def _class_index(c, classes: list|None, n_out: int) -> int:
-    "The index of a class given by name or index."
+def _class_index(c, classes: list|None, n_out: int|None) -> int:
+    "The index of a class given by name or index; without `n_out` whoever uses it looks whether there is such a one."
     if isinstance(c, str):
         if classes is None:
             raise ValueError(f"a bare network has no names of classes such as {c!r}: "
                              "give a learner, a Classifier or an index")
         names = [str(o) for o in classes]
         return names.index(choice(c, names, 'class'))
-    if not 0 <= int(c) < n_out: raise ValueError(f"class {int(c)} is out of range: the model has {n_out} classes")
+    if n_out is not None and not 0 <= int(c) < n_out:
+        raise ValueError(f"class {int(c)} is out of range: the model has {n_out} classes")
     return int(c)
 
-def _class_indices(target, classes: list|None, n_out: int, bs: int) -> torch.Tensor: # (bs,)
+def _class_indices(target, classes: list|None, n_out: int|None, bs: int) -> torch.Tensor: # (bs,)
     "One class index for each image, from one class or one for each."
     many = not isinstance(target, str) and np.ndim(target) > 0
     idx = [_class_index(o, classes, n_out) for o in (target if many else [target])]
@@ -252,6 +253,13 @@ class _Tapped(nn.Module):
         xs[self.stage] = self.tap(xs[self.stage])
         return self.net[1](xs)
 
+@dataclass(frozen=True)
+class _Logit:
+    "What the package asks for as a target; it is told of an output in the one forward pass there is."
+    category: int
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor: # (…, classes) → (…)
+        return logits[..., _class_index(self.category, None, logits.shape[-1])]
+
 # %% ../../nbs/530_evaluate.attribution.ipynb #4388183e
 def grad_cam(
     model: Any, # a learner, a `Classifier` or any network that returns logits
@@ -276,7 +284,6 @@ def grad_cam(
     x = x.to(next(net.parameters()).device)
     try:
         with getattr(cams, method)(net.eval(), [net.tap if multi else layer]) as cam:
-            with torch.no_grad(): logits = net(x)
-            y = logits.argmax(1) if target is None else _class_indices(target, classes, logits.shape[1], len(x))
-            return torch.from_numpy(cam(x, [cams.utils.model_targets.ClassifierOutputTarget(int(o)) for o in y]))
+            y = None if target is None else _class_indices(target, classes, None, len(x)).tolist()
+            return torch.from_numpy(cam(x, y and [_Logit(o) for o in y]))
     finally: net.train(training)

@@ -11,6 +11,7 @@ __all__ = ['fold_batchnorms', 'network_for']
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from statistics import median
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -19,8 +20,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..core import keep_freed_memory
-from .arithmetic import (fastest, few_images, layouts, prediction_step, rounds_within, run_in,
-                                         time_ways, told, ways)
+from .arithmetic import (compiled_to_predict, fastest, few_images, layouts, prediction_step,
+                                         rounds_within, run_in, time_ways, told, ways)
 
 # %% ../../nbs/260_models.fold.ipynb #eef0fab7
 # of these types themselves: a subclass may do something else with its weights
@@ -85,9 +86,12 @@ def network_for(
     can = ways(precision, 'auto', x.device)
     if n < 200: return partial(run_in, can[0], model), ''  # what follows takes as long as some images do
     if x.device.type == 'cpu': keep_freed_memory()
-    model, few, note = fold_batchnorms(model, x[:1]), few_images(x, 4), ''
-    way, rounds = can[0], rounds_within(n//len(few), len(can), share=.03)
-    if rounds:
-        way = fastest(took := time_ways(prediction_step(model, few, can), can, rounds))
-        note = told(way, took, f'{len(few)} images')
-    return partial(run_in, way, model.to(memory_format=layouts[way[1]])), note
+    model, few = fold_batchnorms(model, x[:1]), few_images(x, 4)
+    rounds = rounds_within(n//len(few), len(can), share=.03)
+    took = time_ways(prediction_step(model, few, can), can, rounds) if rounds else {}
+    way = fastest(took) if took else can[0]
+    model = model.to(memory_format=layouts[way[1]])
+    if not took: return partial(run_in, way, model), ''
+    said = ''
+    if precision == 'auto': model, said = compiled_to_predict(model, x, way, n/len(few)*median(took[way]))
+    return partial(run_in, way, model), '; '.join(filter(None, [told(way, took, f'{len(few)} images'), said]))
