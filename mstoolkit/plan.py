@@ -100,6 +100,7 @@ def _frozen_stages(passes: float, n_stages: int) -> int:
 
 def _probed(passes: float, n_stages: int) -> dict:
     "A head trained to its end, then with it the stages there is time for, at a small rate, under the same norms."
+    # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
     return dict(schedule='fine-tune', lr=2e-3, layer_decay=.7, probe=True, freeze_share=.5, freeze_norms=True,
                 frozen_stages=_frozen_stages(passes, n_stages))
 
@@ -111,13 +112,13 @@ def training_fields(
     n_stages: int = 5 # groups of the backbone's weights, as `stage_splitter` makes them
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
-    if not pretrained: start = dict(schedule='one-cycle', lr=4e-3)
+    if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=-1)
     elif hasattr(heads[head], 'pool'):
         start = _probed(passes, n_stages)
         passes *= _faster[start['frozen_stages']]
-    else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7)
+    else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=-1)
     mix = dict(cutmix=.5, mix_off_share=.15) if passes >= 10 else dict(cutmix=0.)
-    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, test_size=-1, augment=_augment(facts, passes),
+    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, passes),
                 balance='logit-adjust' if facts.uneven >= 20 else 'none', plateau_patience=-1, stop_patience=0) | start | mix
 
 # %% ../nbs/430_plan.ipynb #f2056135

@@ -278,8 +278,8 @@ def test_predictions(precision, each, kept, clf, backend, monkeypatch, capsys):
     made, ran = backend
     x = torch.randn(16, 3, 32, 32)
     monkeypatch.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: False)
-    monkeypatch.setattr('mstoolkit.classifier.rounds_within', lambda n, k, share: 1)
-    monkeypatch.setattr('mstoolkit.classifier.time_ways', lambda step, ways, n: {w: [16*each] for w in ways})
+    monkeypatch.setattr('mstoolkit.models.fold.rounds_within', lambda n, k, share: 1)
+    monkeypatch.setattr('mstoolkit.models.fold.time_ways', lambda step, ways, n: {w: [16*each] for w in ways})
     monkeypatch.setattr(arithmetic, 'fastest', lambda took, **kw: list(took)[-1 if kept else 0])
     run = clf.network(x, 1000, precision=precision)
     n, err = len(ran), capsys.readouterr().err

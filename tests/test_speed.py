@@ -298,8 +298,8 @@ def test_predictions_of_a_network_made_ready(precision, clf, image_folder, stopw
     def show(step, ways, n, **kw): calls.append(ways); return {w: [.1 if w == chosen else 1.] for w in ways}
     want = predict_probs(clf, files[:24], num_workers=0, device='cpu', precision='exact')[0].repeat(10, 1)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('mstoolkit.classifier.rounds_within', lambda n, k, share: 1)
-        m.setattr('mstoolkit.classifier.time_ways', show)
+        m.setattr('mstoolkit.models.fold.rounds_within', lambda n, k, share: 1)
+        m.setattr('mstoolkit.models.fold.time_ways', show)
         m.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
         got, good, bad = predict_probs(clf, files, bs=100, num_workers=0, device='cpu', precision=precision)
     assert good == files and not bad and same(weights(clf), before) and conv(clf).is_contiguous() and norms(clf.model) > 0
