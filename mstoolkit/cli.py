@@ -183,7 +183,8 @@ def train_command(
 # %% ../nbs/810_cli.ipynb #54fa1aee
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="run folder, model file, or .pt checkpoint of Report A's scripts")],
+    models: Annotated[list[Path], typer.Argument(
+        help="run folder, model file, or .pt checkpoint of Report A's scripts; the probabilities of several are averaged")],
     images: Annotated[Path, typer.Argument(help="folder of images")],
     out: Annotated[Path, typer.Option('--out', '-o',
         help="CSV to write: image_name,pred_label; - writes to standard output")] = Path('prediction.csv'),
@@ -209,7 +210,7 @@ def predict(
     if not to_stdout: check_new(file, force=force)
     _folder(images)
     from mstoolkit.predict import predict_folder, write_predictions
-    df = predict_folder(model, images, top_k=top_k, confidence=confidence, on_bad=on_bad, bs=bs, device=device,
+    df = predict_folder(models, images, top_k=top_k, confidence=confidence, on_bad=on_bad, bs=bs, device=device,
                         precision=precision, num_workers=None if num_workers < 0 else num_workers)
     if to_stdout: print(df.to_csv(index=False), end='')
     else: write_predictions(df, out, zip=zip, force=force)
