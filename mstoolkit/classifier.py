@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'ModelHeader', 'read_header', 'Classifier', 'average_models
 # %% ../nbs/620_classifier.ipynb #335be980
 import json
 import math
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ from .models.ensemble import Ensemble, averages
 from .models.fold import fold_batchnorms
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
-from .runs import library_versions, run_file
+from .runs import fold_folder, library_versions, n_folds, run_file
 
 # %% ../nbs/620_classifier.ipynb #74e37b9c
 FORMAT = 2  # the newest that is read; a file of one network is written as 1, which older versions of the library read, too
@@ -106,7 +107,10 @@ def _model_file(path) -> Path:
     "The model file that `path` names: itself, or the one in the run folder."
     path = Path(path)
     file = run_file(path, 'model') if path.is_dir() else path
-    if not file.is_file(): raise FileNotFoundError(f"there is no model file {str(file)!r}")
+    if not file.is_file():
+        lacks = [str(k) for k in range(n_folds(path)) if not fold_folder(path, k).is_dir()] if path.is_dir() else []
+        why = f": fold {', '.join(lacks)} is missing, to go on: mstoolkit train --resume {shlex.quote(str(path))}" if lacks else ''
+        raise FileNotFoundError(f"there is no model file {str(file)!r}{why}")
     return file
 
 # %% ../nbs/620_classifier.ipynb #5da4efce

@@ -2,20 +2,28 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CLASSES, COLOURS, write_images
+from mstoolkit import ablation
 from mstoolkit.classifier import Classifier, ModelHeader, average_models, read_header
 from mstoolkit.cli import main
+from mstoolkit.core import RunError
 from mstoolkit.data.core import image_loader
 from mstoolkit.evaluate.attribution import scale_attribution, scale_shares
+from mstoolkit.evaluate.interpret import label_errors
+from mstoolkit.evaluate.stats import fold_interval
 from mstoolkit.models.ensemble import Ensemble
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
-
-CLASSES = ['2', '10', 'red apple']
+from mstoolkit.recipe import Recipe
+from mstoolkit.runs import Run, Several
+from mstoolkit.several.folds import _share, resume_folds, train_folds
 
 
 def classifier(seed, backbone='test_resnet', head='gated', size=32, mean=.5, classes=CLASSES):
@@ -163,3 +171,148 @@ def test_what_cannot_be_averaged_is_named(three, tmp_path):
     with pytest.raises(ValueError, match='weight above 0|its weight is'): average_models(three, [1, 2, 0])
     with pytest.raises(ValueError, match='in 3 sizes or normalisations'): average_models(three).model(torch.zeros(1, 3, 32, 32))
     assert isinstance(average_models(three).model, Ensemble)
+
+
+TRAIN = dict(backbone='test_resnet', pretrained=False, size=32, epochs=2, bs=8, lr=5e-3, opt='adamw', schedule='one-cycle', cutmix=0., num_workers=0,
+             augment='light', device='cpu', precision='fp32', memory_format='contiguous', plateau_patience=-1, stop_patience=0)
+BASE = Recipe(**TRAIN)
+WORDS = ['--recipe', 'gate', *(o for k, v in TRAIN.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)]))]
+
+KILLED = '''
+import os, signal, sys
+from mstoolkit.callback.checkpoint import Checkpoint
+from mstoolkit.cli import main
+from mstoolkit.several import folds
+left, die, save = [int(sys.argv[1])], lambda: os.kill(os.getpid(), signal.SIGKILL), Checkpoint._save
+def counted(self, *args, **kw):
+    save(self, *args, **kw)
+    left[0] -= 1
+    if not left[0]: die()
+Checkpoint._save = counted
+if left[0] < 0: folds.write_report = lambda *_: die()
+main(sys.argv[2:])
+'''
+
+
+def killed(at, *args):
+    "Killed after so many checkpoints, or, at -1, before the page is written."
+    r = subprocess.run([sys.executable, '-c', KILLED, str(at), *map(str, args)], capture_output=True, text=True)
+    assert r.returncode == -9, r.stdout + r.stderr
+
+
+def product(out, folds=3):
+    "What folds leave, without times."
+    files = 'valid_predictions.csv', 'model.safetensors', *(f'fold-{k}/{o}' for k in range(folds) for o in ('model.safetensors', 'valid_predictions.csv'))
+    return {o: (out/o).read_bytes() for o in files} | {'left': sorted(o.name for o in out.iterdir())}
+
+
+@pytest.fixture(scope='module')
+def three_folds(image_folder_, tmp_path_factory):
+    "Folds in one go."
+    out = tmp_path_factory.mktemp('folds')/'f'
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_folds(BASE, image_folder_, out, folds=3)
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_folds_judge_every_image_once_and_average(three_folds, image_folder_):
+    s = Several(three_folds)
+    images = sorted(str(o.relative_to(image_folder_)) for o in (image_folder_/'train').rglob('*.png'))
+    assert sorted(s.preds.image) == images and len(images) == 24 and dict(s.preds.fold.value_counts()) == {0: 8, 1: 8, 2: 8}
+    runs = [Run(three_folds/f'fold-{k}') for k in range(3)]
+    for k, r in enumerate(runs):
+        own = s.preds[s.preds.fold == k].drop(columns='fold').sort_values('image', ignore_index=True)
+        pd.testing.assert_frame_equal(own, r.preds.sort_values('image', ignore_index=True))
+        assert r.source.fold == k and r.source.folds == 3 and r.recipe.seed == 42 and m_name(s, k) == (f'fold {k}', r.accuracy)
+    assert s.env['out_of_fold_accuracy'] == s.accuracy and 'corrected 95 % interval' in s.env['told'][1]
+    test = sorted((image_folder_/'test').rglob('*.png'))
+    p = predict_probs(Classifier.load(three_folds), test, num_workers=0, device='cpu')[0]
+    assert (p-by_hand([r.file('model') for r in runs], test, [1, 1, 1])).abs().max() < 1e-6
+    assert read_header(three_folds).metrics == {'out_of_fold_accuracy': s.accuracy}
+
+
+def m_name(s, k): return s.members[k]['name'], s.members[k]['accuracy']
+
+
+def test_folds_that_were_killed_go_on_as_if_not(three_folds, image_folder_, tmp_path, capsys):
+    out = tmp_path/'f'
+    killed(1, 'train', image_folder_, '--folds', 3, '--out', out, '--threads', 1, *WORDS)
+    assert (out/'.fold-0').is_dir() and not (out/'fold-0').exists()
+    with pytest.raises(FileNotFoundError, match=r'fold 0, 1, 2 is missing, to go on: mstoolkit train --resume'): Classifier.load(out)
+    killed(3, 'train', '--resume', out, '--threads', 1)  # the end of the first fold, and the first epoch of the second
+    assert (out/'fold-0').is_dir() and (out/'.fold-1').is_dir()
+    killed(-1, 'train', '--resume', out, '--threads', 1)
+    assert (out/'model.safetensors').is_file() and not (out/'report.html').exists()
+    assert main(['train', '--resume', str(out), '--threads', '1']) == 0
+    want, got = product(three_folds), product(out)
+    assert [k for k in want if got[k] != want[k]] == []
+    assert Run(out/'fold-1').env['resumed']
+    capsys.readouterr()
+    assert main(['train', '--resume', str(out)]) == 2 and 'has ended well, all 3 folds' in capsys.readouterr().err
+    page = (out/'report.html').read_text(encoding='utf-8')
+    assert page.index('Labels to look at') < page.index('The models') < page.index('Confusions') and 'Nadeau' in page
+    assert main(['report', str(out), '--out', str(tmp_path/'again.html')]) == 0
+    assert main(['report', str(out), str(out/'fold-0')]) == 2 and 'give it alone' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_folds_side_by_side_give_the_same_numbers(three_folds, image_folder_, tmp_path):
+    train_folds(BASE, image_folder_, tmp_path/'f', folds=3, jobs=3, threads=1)
+    want, got = product(three_folds), product(tmp_path/'f')
+    assert [k for k in want if k != 'left' and got[k] != want[k]] == []
+
+
+def test_a_fold_that_fails_is_named_and_tried_again(image_folder, tmp_path, monkeypatch, capsys):
+    train = ablation.train
+    def fails(r, source, out, **kw):
+        if 'fold-1' in str(out): raise OSError('the disk is gone')
+        return train(r, source, out, **kw)
+    monkeypatch.setattr(ablation, 'train', fails)
+    with pytest.raises(RunError, match=r'1 of 2 folds failed, fold 1: OSError: the disk is gone; to try again what failed: mstoolkit train --resume'):
+        train_folds(replace(BASE, epochs=1), image_folder, tmp_path/'f', folds=2)
+    assert (tmp_path/'f'/'fold-0').is_dir()
+    with pytest.raises(ValueError, match='have changed since the folds began'):
+        moved = tmp_path/'moved'
+        (image_folder/'train'/'2'/'0.png').unlink()
+        image_folder.rename(moved)
+        resume_folds(tmp_path/'f', moved)
+
+
+def test_minutes_are_shared(image_folder, tmp_path, capsys):
+    assert [round(_share(10, 5, j), 2) for j in (1, 2, 5)] == [1.95, 3.25, 9.75]
+    given = dict(TRAIN, minutes=.3) | dict(epochs=0)
+    start = time.perf_counter()
+    train_folds('auto', image_folder, tmp_path/'f', folds=2, given={k: v for k, v in given.items() if k not in ('epochs', 'schedule')})
+    assert 'minutes each' in capsys.readouterr().out and time.perf_counter()-start < 90
+    a, b = (Run(tmp_path/'f'/f'fold-{k}').recipe for k in (0, 1))
+    assert a == b and .05 < a.minutes < .15
+
+
+def test_swapped_labels_come_first(tmp_path):
+    rng = np.random.default_rng(0)
+    for c, colour in zip(CLASSES, COLOURS): write_images(tmp_path/'data'/c, 20, colour, rng)
+    for i, (was, now) in enumerate([('2', '10'), ('10', 'red apple'), ('red apple', '2')]):
+        (tmp_path/'data'/was/'0.png').rename(tmp_path/'data'/now/f'wrong{i}.png')
+    s = train_folds(replace(BASE, epochs=8, bs=16, lr=1e-2), tmp_path/'data', tmp_path/'f', folds=3)
+    first = label_errors(s.preds)
+    assert sum('wrong' in o for o in first.image[:3]) >= 2, first
+    page = (tmp_path/'f'/'report.html').read_text(encoding='utf-8')
+    assert page.index(first.image[0]) < page.index('The models')
+
+
+@pytest.mark.parametrize('words,what', [
+    (['--folds', '1'], 'folds is 1: give 2 or more'), (['--folds', '99'], '99 folds of 24 images'), (['--jobs', '2'], 'give --folds'),
+    (['--folds', '3', '--fold', '0', '--ray'], 'give --folds'), (['--folds', '3', '--epochs', '0', '--minutes', '0.01'], 'folds are to share it')])
+def test_bad_folds_are_one_line(words, what, image_folder, tmp_path, capsys):
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'f'), *WORDS, *words]) == 2
+    err = capsys.readouterr().err
+    assert what in err and len(err.splitlines()) == 1 and not (tmp_path/'f').exists()
+
+
+def test_fold_interval_is_nadeau_and_bengios():
+    mean, low, high = fold_interval([.8, .82, .84, .86, .88])
+    sd, t = .0316227766, 2.7764451
+    assert abs(mean-.84) < 1e-9 and abs(high-mean - t*sd*(1/5+1/4)**.5) < 1e-6 and abs(mean-low - (high-mean)) < 1e-12
+    with pytest.raises(ValueError, match='2 or more'): fold_interval([.8])
