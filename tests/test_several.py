@@ -3,7 +3,9 @@ import json
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from mstoolkit.classifier import Classifier, ModelHeader, average_models, read_h
 from mstoolkit.cli import main
 from mstoolkit.core import RunError
 from mstoolkit.data.core import image_loader
+from mstoolkit.data.sources import Sample
 from mstoolkit.evaluate.attribution import scale_attribution, scale_shares
 from mstoolkit.evaluate.interpret import label_errors
 from mstoolkit.evaluate.stats import fold_interval
@@ -23,7 +26,11 @@ from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
 from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run, Several
+from mstoolkit.several import folds
+from mstoolkit.several.combine import _cross_fitted, _kept, _Search, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
 from mstoolkit.several.folds import _share, resume_folds, train_folds
+from mstoolkit.several.submit import choice_optimism, expected_accuracy, submit
+from mstoolkit.train import train
 
 
 def classifier(seed, backbone='test_resnet', head='gated', size=32, mean=.5, classes=CLASSES):
@@ -265,10 +272,10 @@ def test_folds_side_by_side_give_the_same_numbers(three_folds, image_folder_, tm
 
 
 def test_a_fold_that_fails_is_named_and_tried_again(image_folder, tmp_path, monkeypatch, capsys):
-    train = ablation.train
+    own = ablation.train
     def fails(r, source, out, **kw):
         if 'fold-1' in str(out): raise OSError('the disk is gone')
-        return train(r, source, out, **kw)
+        return own(r, source, out, **kw)
     monkeypatch.setattr(ablation, 'train', fails)
     with pytest.raises(RunError, match=r'1 of 2 folds failed, fold 1: OSError: the disk is gone; to try again what failed: mstoolkit train --resume'):
         train_folds(replace(BASE, epochs=1), image_folder, tmp_path/'f', folds=2)
@@ -304,7 +311,7 @@ def test_swapped_labels_come_first(tmp_path):
 
 @pytest.mark.parametrize('words,what', [
     (['--folds', '1'], 'folds is 1: give 2 or more'), (['--folds', '99'], '99 folds of 24 images'), (['--jobs', '2'], 'give --folds'),
-    (['--folds', '3', '--fold', '0', '--ray'], 'give --folds'), (['--folds', '3', '--epochs', '0', '--minutes', '0.01'], 'folds are to share it')])
+    (['--folds', '3', '--fold', '0', '--ray'], 'give --folds'), (['--folds', '3', '--backbone', 'resnet9000'], "unknown backbone 'resnet9000'"), (['--folds', '3', '--epochs', '0', '--minutes', '0.01'], 'folds are to share it')])
 def test_bad_folds_are_one_line(words, what, image_folder, tmp_path, capsys):
     assert main(['train', str(image_folder), '--out', str(tmp_path/'f'), *WORDS, *words]) == 2
     err = capsys.readouterr().err
@@ -316,3 +323,122 @@ def test_fold_interval_is_nadeau_and_bengios():
     sd, t = .0316227766, 2.7764451
     assert abs(mean-.84) < 1e-9 and abs(high-mean - t*sd*(1/5+1/4)**.5) < 1e-6 and abs(mean-low - (high-mean)) < 1e-12
     with pytest.raises(ValueError, match='2 or more'): fold_interval([.8])
+
+
+@pytest.fixture(scope='module')
+def runs(image_folder_, tmp_path_factory):
+    "Three runs of one architecture and one of another, on a data set whose classes are hard to tell apart."
+    d, rng = tmp_path_factory.mktemp('runs'), np.random.default_rng(0)
+    for c, colour in zip(CLASSES, ((112, 100, 100), (100, 112, 100), (100, 100, 112))):
+        write_images(d/'data'/'train'/c, 16, colour, rng)
+        write_images(d/'data'/'val'/c, 20, colour, rng)
+    for i in range(3): train(replace(BASE, seed=i, epochs=1), d/'data', d/f'r{i}')
+    train(replace(BASE, head='plain', epochs=1), d/'data', d/'plain')
+    return d
+
+
+def test_greedy_choices():
+    y, p = np.array([0, 0, 1, 1]), np.full((3, 4, 2), .5)
+    p[0, :, 0], p[1, :, 0], p[2, :, 0] = (.9, .4, .1, .6), (.4, .9, .6, .1), (.1, .1, .9, .9)
+    p[..., 1] = 1-p[..., 0]
+    assert list(greedy_ensemble(p, y)) == [1, 1, 0] and list(greedy_ensemble(p[[0, 0, 2]], y)) == [1, 0, 0]
+    assert greedy_ensemble(p, y, rounds=1).sum() == 1 and abs(log_loss(p[0], y) - -np.log([.9, .4, .9, .4]).mean()) < 1e-12
+    assert greedy_soup([0, 1, 2], {(0,): 1., (0, 1): 1., (0, 2): .5}.get) == (0, 2)
+
+
+def test_a_soup_is_the_mean_of_weights_with_norms_of_its_own(runs):
+    clfs = [Classifier.load(runs/f'r{i}') for i in range(3)]
+    files = sorted((runs/'data'/'train').rglob('*.png'))
+    before = [{k: v.clone() for k, v in o.model.state_dict().items()} for o in clfs]
+    pot = average_weights(clfs, files, num_workers=0)
+    for k, v in pot.model.state_dict().items():
+        if 'running' not in k and v.is_floating_point(): torch.testing.assert_close(v, sum(s[k] for s in before)/3)
+    net, first = pot.model, next(m for m in pot.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    hook = first.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    for _, x, _, _ in pot.batches(files, num_workers=0):
+        with torch.no_grad(): net(x)
+    hook.remove()
+    torch.testing.assert_close(first.running_mean, torch.cat(seen).mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    assert not net.training and first.momentum == .1
+    assert all(torch.equal(v, s[k]) for o, s in zip(clfs, before) for k, v in o.model.state_dict().items())
+    with pytest.raises(ValueError, match='one architecture, and these differ: gated head on test_resnet, 32 px, and plain head'):
+        average_weights([clfs[0], Classifier.load(runs/'plain')], files)
+
+
+def test_combine_writes_what_it_kept(runs, tmp_path, capsys):
+    paths = [runs/o for o in ('r0', 'r1', 'r2', 'plain')]
+    s = combine(paths, out=tmp_path/'c', how='ensemble', num_workers=0)
+    clf, header = Classifier.load(s.path), read_header(s.path)
+    weights = {m['name']: m['weight'] for m in s.members}
+    assert abs(sum(weights.values())-1) < 1e-9 and list(weights) == ['r0', 'r1', 'r2', 'plain']
+    taken = [p for p in paths if weights[p.name]]
+    images = sorted((runs/'data'/'val').rglob('*.png'))
+    p = predict_probs(clf, images, num_workers=0, device='cpu')[0]
+    assert (p-by_hand([o/'model.safetensors' for o in taken], images, [weights[o.name] for o in taken])).abs().max() < 1e-6
+    assert header.format == (2 if len(taken) > 1 else 1) and len(s.preds) == 60 and s.preds.label.nunique() == 3
+    assert s.accuracy == pytest.approx(float(s.env['told'][0].split('accuracy ')[1].split(',')[0]), abs=1e-4)
+    page = (s.path/'report.html').read_text(encoding='utf-8')
+    assert 'McNemar p' in page and 'brought' in page and 'the choosing counted' in capsys.readouterr().out
+
+
+def test_copies_with_noise_are_not_called_better(tmp_path, monkeypatch):
+    "Under no effect a search over many finds the luckiest; what is told of it is not lucky."
+    rng, wins = np.random.default_rng(1), 0
+    samples = [Sample(Path(f'{i}.png'), str(i % 4)) for i in range(120)]
+    for trial in range(40):
+        s = object.__new__(_Search)
+        s.models, s.names, s.classes, s.y = [None]*12, [str(i) for i in range(12)], list('0123'), np.arange(120) % 4
+        p = rng.dirichlet(np.full(4, .3), (12, 120))  # chance
+        s.probs, s.soups = (lambda own, p=p: p[own[0]]), (lambda: [])
+        v = _verdict(_cross_fitted(s, samples, ['ensemble'], trial), s.y, ['ensemble'])
+        wins += _kept(v) == 'ensemble'
+        lucky = max((o.argmax(1) == s.y).mean() for o in p)
+        assert abs(v.accuracy.iloc[0] - .25) < .17 and lucky > .27
+    assert wins <= 4  # of 40 at a level of .05
+
+
+@pytest.mark.parametrize('args,what', [
+    (['r0'], 'it takes 2 or more'), (['r0', 'r0'], 'is given twice'), (['r0', 'plain', '--how', 'soup'], 'no two of these runs share one'),
+    (['r0', 'r1', '--how', 'stew'], "unknown how 'stew'"), (['r0', 'r1', '--valid', 'none'], 'give --data'), (['r0', 'nothing'], 'there is no model file'),
+    (['r0', 'r1', '--data', 'data', '--valid', 'none', '--valid-pct', '.5'], 'was trained on')])
+def test_bad_combinations_are_one_line(runs, args, what, tmp_path, capsys):
+    words = [str(runs/o) if not o.startswith('-') and o not in ('soup', 'stew', 'none', '.5') else o for o in args]
+    assert main(['combine', *words, '--out', str(tmp_path/'c')]) == 2
+    err = capsys.readouterr().err
+    assert what in err and len(err.splitlines()) == 1 and not (tmp_path/'c').exists()
+
+
+def test_submit_takes_folds_and_says_what_to_expect(three_folds, image_folder, tmp_path, capsys):
+    out = tmp_path/'p.zip'
+    assert main(['submit', str(three_folds), str(image_folder/'test'), '--out', str(out)]) == 0
+    said = capsys.readouterr().out
+    assert '9 predictions of 9 images' in said and 'accuracy to expect: ' in said and 'out of fold' in said
+    with zipfile.ZipFile(out) as z: df = pd.read_csv(z.open('p.csv'), dtype=str)
+    pd.testing.assert_frame_equal(df, predict_folder(three_folds, image_folder/'test', device='cpu'))
+    e = expected_accuracy(three_folds, image_folder/'test')
+    assert e.low <= e.accuracy <= e.high and e.low <= Several(three_folds).accuracy <= e.high
+    assert main(['submit', str(three_folds), str(image_folder/'test'), '--out', str(out)]) == 2 and 'already exists' in capsys.readouterr().err
+    assert main(['submit', str(three_folds), str(image_folder/'test'), '--minutes', '3', '--out', str(tmp_path/'q.csv')]) == 2
+    assert 'was trained already, --minutes is for a training' in capsys.readouterr().err
+
+
+def test_submit_trains_folds_and_goes_on_with_them(image_folder, tmp_path, monkeypatch):
+    real = folds.write_report
+    monkeypatch.setattr(folds, 'write_report', lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): submit(image_folder, image_folder/'test', tmp_path/'p.csv', folds=2, recipe=replace(BASE, epochs=1))
+    monkeypatch.setattr(folds, 'write_report', real)
+    e = submit(image_folder, image_folder/'test', tmp_path/'p.csv', folds=2, recipe=replace(BASE, epochs=1))
+    assert len(pd.read_csv(tmp_path/'p.csv')) == 9 and Several(tmp_path/'p-folds').env['ended'] and 0 <= e.low <= e.high <= 1
+    e = submit(tmp_path/'p-folds'/'fold-0', image_folder/'test', tmp_path/'q.csv')
+    assert '12 validation images, the best of 1 epoch' in e.how
+    with pytest.raises(FileNotFoundError, match='there is no folder'): submit(tmp_path/'no', image_folder/'test', tmp_path/'r.csv')
+
+
+def test_what_the_choice_of_an_epoch_flatters():
+    "Forty epochs of luck around one accuracy: what is told is that accuracy, not the best of them."
+    rng = np.random.default_rng(0)
+    luck = .8 + .02*rng.normal(size=(200, 5, 40))
+    best = luck.max(2).mean()
+    assert best > .84 and abs(best - np.mean([choice_optimism(a, a) for a in luck]) - .8) < .004
+    assert choice_optimism([[1, 2]], [[.5, .6]]) == 0 and choice_optimism([[1, 2], [1, 2, 2, 3]], [[.5, .6], [.5, .6, .6, .7]]) == 0

@@ -285,8 +285,8 @@ def _brought(s: _Search, kept: _Choice) -> list[dict]:
     rows, total = [], sum(kept.weights.values())
     for i, name in enumerate(s.names):
         inside = {o: n for o, n in kept.weights.items() if i in o}
-        rest = {tuple(j for j in o if j != i): n for o, n in kept.weights.items() if len(o) > 1 or i not in o}
-        rest_p = sum(n*s.probs(o) for o, n in rest.items())/sum(rest.values()) if rest and inside else None
+        rest = [(tuple(j for j in o if j != i), n) for o, n in kept.weights.items() if o != (i,)]
+        rest_p = sum(n*s.probs(o) for o, n in rest)/sum(n for _, n in rest) if rest and inside else None
         brought = f"{100*(accuracy(kept.probs) - accuracy(rest_p)):+.1f} points" if rest_p is not None else '–'
         rows.append({'name': name, 'accuracy alone': accuracy(s.probs((i,))), 'log loss alone': f'{log_loss(s.probs((i,)), s.y):.4f}',
                      'weight': sum(n/len(o) for o, n in inside.items())/total, 'brought': brought})

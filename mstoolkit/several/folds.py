@@ -29,7 +29,7 @@ from ..evaluate.stats import accuracy_interval, fold_interval
 from ..plan import default_minutes
 from ..recipe import Recipe, load_recipe
 from ..report import write_report
-from ..runs import (Run, Several, clear_leftovers, environment, fold_folder, n_folds, one_writer, read_env,
+from ..runs import (Run, Several, beginnings, clear_leftovers, environment, fold_folder, n_folds, one_writer, read_env,
                             run_file, write_env)
 from ..train import settle_run
 
@@ -126,7 +126,7 @@ def resume_folds(
     folds = n_folds(out)
     if not folds: raise ValueError(f"{str(out)!r} is no folder of folds")
     threads = _checked(folds, jobs, threads)
-    if 'seconds' in read_env(out): raise ValueError(f"{str(out)!r} has ended well, all {folds} folds: there is nothing to resume")
+    if read_env(out).get('ended'): raise ValueError(f"{str(out)!r} has ended well, all {folds} folds: there is nothing to resume")
     for what in ('recipe', 'source'):
         if not run_file(out, what).is_file():
             raise FileNotFoundError(f"{str(out)!r} has no {run_file(out, what).name}: it was stopped before it began, remove it")
@@ -165,8 +165,16 @@ def _go_on(out: Path, r: Recipe, jobs: int, threads: int, ray: bool) -> Several:
         raise
     if failed:
         name, why = next(iter(failed.items()))
+        if _take_back(out, r): raise RunError(f"no fold could begin, {name}: {why}")
         raise RunError(f"{len(failed)} of {n_folds(out)} folds failed, {name}: {why}; to try again what failed: {how}")
     return _put_together(out)
+
+def _take_back(out: Path, r: Recipe) -> bool: # whether that was so
+    "Folds of which none has begun have nothing to keep, and should not take the name."
+    jobs = _jobs(out, r)
+    if any(j.done for j in jobs) or any(out.glob('.fold-*')): return False
+    for f in (*beginnings(out), *(_source_file(out, k) for k in range(len(jobs)))): f.unlink(missing_ok=True)
+    return True
 
 # %% ../../nbs/760_several.folds.ipynb #cf5c3bbe
 def _member(k: int, run: Run) -> dict:
@@ -193,9 +201,7 @@ def _put_together(out: Path) -> Several:
     about = f"{len(runs)} folds: {r.head} head on {r.backbone}, {r.size} px. Each image is judged by the fold that held it out."
     env |= dict(members=[_member(k, o) for k, o in enumerate(runs)], told=told, about=about, seconds=round(seconds, 1), **metrics)
     write_env(out, env)
-    try: page = write_report(out)
-    except BaseException: # it is not finished without its page
-        write_env(out, {k: v for k, v in env.items() if k != 'seconds'})
-        raise
+    page = write_report(out)
+    write_env(out, env | dict(ended=True))
     print(*told, f"labels to look at: {page}", sep='\n', flush=True)
     return Several(out)
