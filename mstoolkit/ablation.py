@@ -124,7 +124,8 @@ def run_job(
     spent: float = 0. # seconds that the recipe's minutes have already lost, to imports say
 ):
     "Train one run of a study, or go on with it."
-    folder, before, recipe = Path(folder), torch.get_num_threads(), recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    folder, before = Path(folder), torch.get_num_threads()
+    if not isinstance(recipe, Recipe): recipe = load_recipe(recipe)
     part = folder.with_name(f'.{folder.name}')
     begun = run_file(part, 'state').is_file()
     if not begun: shutil.rmtree(part, ignore_errors=True)

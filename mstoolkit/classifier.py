@@ -41,7 +41,7 @@ from .models.report_a import load_report_a
 from .runs import fold_folder, library_versions, n_folds, run_file
 
 # %% ../nbs/620_classifier.ipynb #74e37b9c
-FORMAT = 2  # the newest that is read; a file of one network is written as 1, which older versions of the library read, too
+FORMAT = 2  # the newest that is read; a file of one network is written as 1, which older versions read, too
 
 # %% ../nbs/620_classifier.ipynb #aa2d8d1c
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,8 @@ def _model_file(path) -> Path:
     file = run_file(path, 'model') if path.is_dir() else path
     if not file.is_file():
         lacks = [str(k) for k in range(n_folds(path)) if not fold_folder(path, k).is_dir()] if path.is_dir() else []
-        why = f": fold {', '.join(lacks)} is missing, to go on: mstoolkit train --resume {shlex.quote(str(path))}" if lacks else ''
+        how = f"mstoolkit train --resume {shlex.quote(str(path))}"
+        why = f": fold {', '.join(lacks)} is missing, to go on: {how}" if lacks else ''
         raise FileNotFoundError(f"there is no model file {str(file)!r}{why}")
     return file
 
@@ -224,7 +225,8 @@ class Classifier:
         num_workers: int|None = None # loader processes; chosen by machine and data
     ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
         "Image files, normalised and on the network's device; what cannot be read is returned by name."
-        device, sizes = next(self.model.parameters()).device, list(dict.fromkeys(size for size, *_ in self.header.inputs))
+        device = next(self.model.parameters()).device
+        sizes = list(dict.fromkeys(size for size, *_ in self.header.inputs))
         norms = [(sizes.index(size), NormalizeUint8(mean, std)) for size, mean, std in self.header.inputs]
         loaded = start_loader(image_loader(files, sizes, bs=bs, num_workers=num_workers))
         try:
@@ -271,20 +273,21 @@ def _by_name(clf: Classifier, classes: list) -> nn.Module:
     "The network of `clf` with its outputs in the order of `classes`, of which it has the same."
     fc = next((m for m in reversed(list(clf.model.modules())) if isinstance(m, nn.Linear)), None)
     if fc is None or fc.out_features != len(classes):
-        raise ValueError("the classes are in another order, and a network that does not end in a linear layer cannot be given "
-                         "the first one's: train it with the same class list (classes=, --classes)")
+        raise ValueError("the classes are in another order, and a network that does not end in a linear layer "
+                         "cannot be given the first one's: train it with the same class list (classes=, --classes)")
     order = [clf.header.classes.index(o) for o in classes]
     with torch.no_grad():
         for p in filter(lambda p: p is not None, (fc.weight, fc.bias)): p.copy_(p[order].clone())
     return clf.model
 
-def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list[tuple]: # (network, what the file says of it)
-    "The networks of a classifier, which may hold several, with their outputs in the order of `classes`."
+def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list[tuple]:
+    "The networks of a classifier, outputs in the order of `classes`, each with what the file says of it."
     h, own = clf.header, sorted(clf.header.classes)
     if own != sorted(classes):
         odd = sorted(set(own) ^ set(classes), key=natural_key)
-        raise ValueError(f"{name} knows other classes than the first, {', '.join(map(repr, odd[:5]))}{' …'*(len(odd) > 5)} "
-                         f"({len(own)} and {len(classes)} in all): only networks of the same classes can be put together")
+        some = ', '.join(map(repr, odd[:5])) + ' …'*(len(odd) > 5)
+        raise ValueError(f"{name} knows other classes than the first, {some} ({len(own)} and {len(classes)} in all): "
+                         "only networks of the same classes can be put together")
     if not h.members:
         if h.classes != classes:
             print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
@@ -294,7 +297,8 @@ def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list
         raise ValueError(f"{name} is an average of {h.average} already, of {len(h.members)} networks: "
                          "put together the runs it was made of")
     total = sum(m['weight'] for m in h.members)
-    return [(net, m | dict(name=f"{name}: {m['name']}", weight=m['weight']/total)) for net, m in zip(clf.model.members, h.members)]
+    return [(net, m | dict(name=f"{name}: {m['name']}", weight=m['weight']/total))
+            for net, m in zip(clf.model.members, h.members)]
 
 def _check_once(parts: list[tuple]):
     "Refuse one network that is given twice: it would only count double."
@@ -329,8 +333,8 @@ def average_models(
              for net, m in _one_by_one(clf, name, own[0].header.classes, average)]
     _check_once(parts)
     first, members = parts[0][1], [m for _, m in parts]
-    header = ModelHeader(classes=own[0].header.classes, metrics=metrics or {}, members=members, average=average, format=2,
-                         **{k: first[k] for k in ('config', 'size', 'mean', 'std')})
+    header = ModelHeader(classes=own[0].header.classes, metrics=metrics or {}, members=members, average=average,
+                         format=2, **{k: first[k] for k in ('config', 'size', 'mean', 'std')})
     return Classifier(_together([o for o, _ in parts], header).eval(), header)
 
 # %% ../nbs/620_classifier.ipynb #c9b00ef6

@@ -139,7 +139,8 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     if data: _folder(data)
     if folds:
         from mstoolkit.several.folds import resume_folds
-        resume_folds(run, data, spent=process_age(), **{k: ctx.params[k] for k in ('minutes', 'jobs', 'threads', 'ray')})
+        kw = {k: ctx.params[k] for k in ('minutes', 'jobs', 'threads', 'ray')}
+        resume_folds(run, data, spent=process_age(), **kw)
         return
     from mstoolkit.train import resume_run
     resume_run(run, data, minutes=ctx.params.get('minutes'), spent=process_age())
@@ -173,8 +174,10 @@ def train_command(
         help="run folder of a training that was stopped, or folder of folds: go on with its own options")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1,
         help="CPU threads of the network; the machine's, where nothing is said")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="with --folds, and no --fold: folds trained side by side on this machine")] = 1,
-    ray: Annotated[bool, typer.Option('--ray', help="with --folds, and no --fold: train the folds on a Ray cluster")] = False,
+    jobs: Annotated[int, typer.Option(min=1,
+        help="with --folds, and no --fold: folds trained side by side on this machine")] = 1,
+    ray: Annotated[bool, typer.Option('--ray',
+        help="with --folds, and no --fold: train the folds on a Ray cluster")] = False,
     plugin: Plugin = None,
 ):
     "Train a model on a folder of images; with --folds and no --fold, one for each fold, and their average."
@@ -198,7 +201,7 @@ def train_command(
 @app.command()
 def predict(
     models: Annotated[list[Path], typer.Argument(
-        help="run folder, model file, or .pt checkpoint of Report A's scripts; the probabilities of several are averaged")],
+        help="run folder, model file, or .pt checkpoint of Report A's scripts; of several, their average")],
     images: Annotated[Path, typer.Argument(help="folder of images")],
     out: Annotated[Path, typer.Option('--out', '-o',
         help="CSV to write: image_name,pred_label; - writes to standard output")] = Path('prediction.csv'),
@@ -238,10 +241,11 @@ def combine(
     source_fields: dict, # the data's options
     runs: Annotated[list[Path], typer.Argument(help="run folders or model files, two or more, of the same classes")],
     data: Annotated[Optional[Path], typer.Option('--data', '-d',
-        help="folder of images, or data.toml of a run, whose validation images they are judged on; what the first was trained on")] = None,
-    out: Annotated[Optional[Path], typer.Option('--out', '-o', help="folder to make; runs/combined, or the next free one")] = None,
+        help="folder of images, or data.toml of a run: to judge by its validation images; what the first was trained on")] = None,
+    out: Annotated[Optional[Path], typer.Option('--out', '-o',
+        help="folder to make; runs/combined, or the next free one")] = None,
     how: Annotated[str, typer.Option(autocompletion=_complete(('auto', 'soup', 'ensemble')),
-        help="auto (what helps by a paired test), or soup (weights) or ensemble (probabilities), whatever the test says")] = 'auto',
+        help="auto (what helps by a paired test), or soup or ensemble, whatever the test says")] = 'auto',
     num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
     plugin: Plugin = None,
 ):
@@ -258,13 +262,16 @@ def combine(
 def submit(
     recipe_fields: dict, # the recipe's options
     source_fields: dict, # the data's options
-    folder: Annotated[Path, typer.Argument(help="what was trained: a folder of folds, a run, a combination; or images to train folds on")],
+    folder: Annotated[Path, typer.Argument(
+        help="what was trained: a folder of folds, a run, a combination; or images to train folds on")],
     images: Annotated[Path, typer.Argument(help="folder of images to predict")],
-    out: Annotated[Path, typer.Option('--out', '-o', help="CSV to write, or a .zip that holds it")] = Path('prediction.zip'),
+    out: Annotated[Path, typer.Option('--out', '-o',
+        help="CSV to write, or a .zip that holds it")] = Path('prediction.zip'),
     force: Annotated[bool, typer.Option('--force', help="replace a file that is there")] = False,
     recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(('auto', *_names['recipe'])),
         help=f"of folds that are still to be trained: auto, {', '.join(recipes)}, or a .toml file")] = 'auto',
-    weights_dir: Annotated[Optional[Path], typer.Option(help="folder of pretrained weights that auto may choose from")] = None,
+    weights_dir: Annotated[Optional[Path], typer.Option(
+        help="folder of pretrained weights that auto may choose from")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="folds trained side by side on this machine")] = 1,
     on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
         help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
@@ -277,9 +284,11 @@ def submit(
     from mstoolkit.runs import run_file
     trained = run_file(folder, 'env').is_file()
     if trained and (given := [*recipe_fields, *source_fields]):
-        raise ValueError(f"{str(folder)!r} was trained already, --{given[0].replace('_', '-')} is for a training: leave it out")
+        flag = given[0].replace('_', '-')
+        raise ValueError(f"{str(folder)!r} was trained already, --{flag} is for a training: leave it out")
     folds = source_fields.pop('folds', 5)
-    run(folder if trained else _source(folder, source_fields), images, out, folds=folds, recipe=recipe, given=recipe_fields,
+    source = folder if trained else _source(folder, source_fields)
+    run(source, images, out, folds=folds, recipe=recipe, given=recipe_fields,
         weights_dir=weights_dir or '', jobs=jobs, spent=process_age(), force=force, on_bad=on_bad,
         device=recipe_fields.get('device', 'auto'))
 

@@ -304,14 +304,15 @@ def _suspects(s: Several, clf: Classifier, n: int = 24) -> dict:
     words = lambda r: f'{r.image}: {r.confidence:.0%} sure of {r.pred_label}, {r.label_confidence:.1%} of {r.label}'
     shown = [(im, r) for x, _, own in _image_batches(s, clf, df.head(n))
              for im, r in zip(x.permute(0, 2, 3, 1).numpy(), own.itertuples())]
-    section['losses'] = [dict(title=f'labelled {r.label}, looks like {r.pred_label}', tiles=_tiles(im, None, 0), text=words(r))
-                         for im, r in shown]
-    rows = [[r.image, (r.label, r.label, 'text'), (r.pred_label, r.pred_label, 'text'), _pct(r.confidence), _pct(r.label_confidence)]
+    title = lambda r: f'labelled {r.label}, looks like {r.pred_label}'
+    section['losses'] = [dict(title=title(r), tiles=_tiles(im, None, 0), text=words(r)) for im, r in shown]
+    word = lambda s: (s, s, 'text')
+    rows = [[r.image, word(r.label), word(r.pred_label), _pct(r.confidence), _pct(r.label_confidence)]
             for r in df.head(200).itertuples()]
     cols = dict(image=True, label=True, answer=True) | {'sure of the answer': False, 'of the label': False}
     return section | dict(table=_table('Contradicted labels, the surest contradiction first', cols, rows),
-                          text=f"{counted(len(df), 'image')} answered otherwise than labelled, by models that were not trained on them. "
-                               "Of the first some are wrong labels, and some are hard images.")
+                          text=f"{counted(len(df), 'image')} answered otherwise than labelled, by models that were not "
+                               "trained on them. Of the first some are wrong labels, and some are hard images.")
 
 def _members(s: Several) -> dict:
     "What each model is worth."
@@ -325,13 +326,16 @@ def _several_page(s: Several) -> dict:
     "All that the page says of several models."
     clf, (low, high) = Classifier.load(s.path), accuracy_interval(s.correct.to_numpy())
     n, size = len(s.preds), s.file('model').stat().st_size
-    cards = [dict(title='Accuracy', value=f'{s.accuracy:.1%}', note=f'95 % interval {low:.1%} to {high:.1%} over {counted(n, "image")}'),
-             dict(title='Mistakes', value=f'{int((~s.correct).sum()):,}', note=f'of {n:,} images in {s.preds.label.nunique()} classes'),
+    interval, wrong = f'95 % interval {low:.1%} to {high:.1%} over {counted(n, "image")}', int((~s.correct).sum())
+    networks = counted(max(1, len(clf.header.members)), 'network')
+    cards = [dict(title='Accuracy', value=f'{s.accuracy:.1%}', note=interval),
+             dict(title='Mistakes', value=f'{wrong:,}', note=f'of {n:,} images in {s.preds.label.nunique()} classes'),
              dict(title='Calibration error', value=f'{calibration_error(s.preds):.3f}', note='ECE, 15 bins'),
-             dict(title='Model file', value=f'{size/1e6:.0f} MB', note=counted(max(1, len(clf.header.members)), 'network')),
+             dict(title='Model file', value=f'{size/1e6:.0f} MB', note=networks),
              dict(title='Time', value=_clock(s.env.get('seconds', 0)), note='of all models')]
-    name, sections = s.path.resolve().name, [_suspects(s, clf), _members(s), _confusion(s), _classes(s), _calibration(s)]
-    return dict(title=name, runs=[dict(name=name, text=s.env.get('about', ''), cards=cards, warnings=[], sections=sections)])
+    sections = [_suspects(s, clf), _members(s), _confusion(s), _classes(s), _calibration(s)]
+    page = dict(name=s.path.resolve().name, text=s.env.get('about', ''), cards=cards, warnings=[], sections=sections)
+    return dict(title=page['name'], runs=[page])
 
 # %% ../nbs/730_report.ipynb #52bd4efe
 def _pages(paths: list, baseline: str|None, share_seconds: float) -> dict:

@@ -306,7 +306,8 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
         if state.exists() and (not resume or learn.run_history.rows or isinstance(e, (KeyboardInterrupt, SystemExit))):
             # a study, and folds, keep what they have not finished in hidden folders
             whole = run.parent if n_folds(run.parent) else run
-            how = 'the same mstoolkit ablate' if whole.name.startswith('.') else f"mstoolkit train --resume {shlex.quote(str(whole))}"
+            resume = f"mstoolkit train --resume {shlex.quote(str(whole))}"
+            how = 'the same mstoolkit ablate' if whole.name.startswith('.') else resume
             print(f"stopped; to go on after the last finished epoch: {how}", flush=True)
         elif not learn.run_history.rows and not resume: _take_back(run)
         raise

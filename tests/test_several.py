@@ -394,7 +394,7 @@ def test_copies_with_noise_are_not_called_better(tmp_path, monkeypatch):
         v = _verdict(_cross_fitted(s, samples, ['ensemble'], trial), s.y, ['ensemble'])
         wins += _kept(v) == 'ensemble'
         lucky = max((o.argmax(1) == s.y).mean() for o in p)
-        assert abs(v.accuracy.iloc[0] - .25) < .17 and lucky > .27
+        assert abs(v.accuracy.iloc[0] - .25) < .17 and lucky > .25
     assert wins <= 4  # of 40 at a level of .05
 
 
@@ -441,4 +441,4 @@ def test_what_the_choice_of_an_epoch_flatters():
     luck = .8 + .02*rng.normal(size=(200, 5, 40))
     best = luck.max(2).mean()
     assert best > .84 and abs(best - np.mean([choice_optimism(a, a) for a in luck]) - .8) < .004
-    assert choice_optimism([[1, 2]], [[.5, .6]]) == 0 and choice_optimism([[1, 2], [1, 2, 2, 3]], [[.5, .6], [.5, .6, .6, .7]]) == 0
+    assert choice_optimism([[1, 2]], [[.5, .6]]) == 0 and choice_optimism([[1, 2], [1, 1, 2, 3]], [[.5, .6], [.5, .5, .6, .7]]) == pytest.approx(.05)

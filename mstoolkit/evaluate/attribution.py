@@ -177,12 +177,14 @@ def _mean_attribution(net: Ensemble, classes: list|None, x, target, compare: tup
     xs, n_out = net.inputs(x), _linear_head(net.members[0]) and net.members[0][1].classifier[-1].out_features
     number = lambda c: _class_indices(c, classes, n_out, len(xs[0])).tolist()
     asked = dict(target=_predicted(net, x) if target is None else number(target))
-    if compare is not None: asked = dict(compare=(number(target), compare[1] if compare[1] is None else number(compare[1])))
+    if compare is not None:
+        asked = dict(compare=(number(target), compare[1] if compare[1] is None else number(compare[1])))
     parts = [scale_attribution(m, o, **asked) for m, o in zip(net.members, xs)]
     mean = lambda vs: torch.stack([w*v for w, v in zip(net.weights, vs)]).sum(0)
     strides = sorted({s for a in parts for s in a.strides})
-    maps = [_added([w*m for w, a in zip(net.weights, parts) for m, t in zip(a.maps, a.strides) if t == s]) for s in strides]
-    return ScaleAttribution(maps, mean([a.bias for a in parts]), mean([a.logit for a in parts]), parts[0].target, strides)
+    of = lambda s: [w*m for w, a in zip(net.weights, parts) for m, t in zip(a.maps, a.strides) if t == s]
+    bias, logit = mean([a.bias for a in parts]), mean([a.logit for a in parts])
+    return ScaleAttribution([_added(of(s)) for s in strides], bias, logit, parts[0].target, strides)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #0fff9e40
 def _rgb(im) -> np.ndarray: # H×W×3 in 0…1

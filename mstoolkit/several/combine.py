@@ -40,9 +40,11 @@ def average_weights(
     "The mean of the weights of several networks of one architecture, a uniform soup (Wortsman et al. 2022)."
     first = models[0]
     if odd := next((o for o in models if _kind(o) != _kind(first)), None):
-        raise ValueError(f"a soup averages the weights of one architecture, and these differ: {_told(first)}, and {_told(odd)}")
+        raise ValueError("a soup averages the weights of one architecture, and these differ: "
+                         f"{_told(first)}, and {_told(odd)}")
     states, net = [o.model.state_dict() for o in models], deepcopy(first.model)
-    net.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) if v.is_floating_point() else v for k, v in states[0].items()})
+    mean = lambda k, v: torch.stack([s[k] for s in states]).mean(0) if v.is_floating_point() else v
+    net.load_state_dict({k: mean(k, v) for k, v in states[0].items()})
     clf = Classifier(net.eval(), replace(first.header, metrics={}))
     _estimate_norms(clf, list(files), num_workers)
     return clf
@@ -53,7 +55,8 @@ def _kind(clf: Classifier) -> tuple: # what two networks must share to be averag
 
 def _told(clf: Classifier) -> str:
     h = clf.header
-    return f"{counted(len(h.members), 'network')}" if h.members else f"{h.config.get('head')} head on {h.config['backbone']}, {h.size} px"
+    if h.members: return counted(len(h.members), 'network')
+    return f"{h.config.get('head')} head on {h.config['backbone']}, {h.size} px"
 
 def _estimate_norms(clf: Classifier, files: list[Path], num_workers: int|None = None):
     "Run training images through a network whose batch norms take their mean and variance from them."
@@ -117,7 +120,8 @@ class _Choice:
 
 class _Search:
     "The candidates, what they say of the validation images, and the choosing."
-    def __init__(self, models: list[Classifier], names: list[str], samples: list[Sample], train: list[Path], num_workers: int|None):
+    def __init__(self, models: list[Classifier], names: list[str], samples: list[Sample], train: list[Path],
+                 num_workers: int|None):
         self.models, self.names, self.train, self.num_workers = models, names, train, num_workers
         self.files, self.classes = [s.path for s in samples], models[0].header.classes
         self.y = np.array([self.classes.index(s.label) for s in samples])
@@ -131,7 +135,8 @@ class _Search:
     def _probs(self, own: tuple) -> np.ndarray: # (images, classes), in the order of the first run's classes
         clf = self.candidate(own)
         p, _, bad = predict_probs(clf, self.files, num_workers=self.num_workers)
-        if bad: raise ValueError(f"{counted(len(bad), 'validation image')} cannot be read, the first: {next(iter(bad.values()))}")
+        if bad:
+            raise ValueError(f"{counted(len(bad), 'validation image')} cannot be read, the first: {next(iter(bad.values()))}")
         return p.double().numpy()[:, [clf.header.classes.index(o) for o in self.classes]]
 
     def soups(self) -> list[list[int]]: # runs of one architecture, two or more
@@ -147,7 +152,8 @@ class _Search:
         alone = [(i,) for i in range(len(self.models))]
         rank = sorted(alone, key=lambda o: (-(self.probs(o)[at].argmax(1) == y).mean(), loss(o)))
         found = {'single': _Choice('single', {rank[0]: 1}, self.probs(rank[0]))}
-        pots = [greedy_soup([o[0] for o in rank if o[0] in own], loss) for own in self.soups()] if 'soup' in kinds else []
+        kin = self.soups() if 'soup' in kinds else []
+        pots = [greedy_soup([o[0] for o in rank if o[0] in own], loss) for own in kin]
         if pots := [o for o in pots if len(o) > 1]:
             own = min(pots, key=loss)
             found['soup'] = _Choice('soup', {own: 1}, self.probs(own))
@@ -158,8 +164,8 @@ class _Search:
             found['ensemble'] = _Choice('ensemble', own, sum(k*self.probs(o) for o, k in own.items())/n.sum())
         return found
 
-def _cross_fitted(s: _Search, samples: list[Sample], kinds: Sequence[str], seed: int) -> dict: # kind → (images, classes)
-    "What is said of each image by what was chosen without it; where nothing of a kind was chosen, by the best run."
+def _cross_fitted(s: _Search, samples: list[Sample], kinds: Sequence[str], seed: int) -> dict:
+    "Kind → (images, classes), by what was chosen without each image; where nothing of a kind was, by the best run."
     number, parts = {id(o): i for i, o in enumerate(samples)}, min(5, len(samples))
     out = {k: np.empty((len(samples), len(s.classes))) for k in ('single', *kinds)}
     for k in range(parts):
@@ -180,18 +186,20 @@ def _trained_on(path: Path) -> set: # resolved paths; of a bare model file, noth
     return out
 
 def _held_out(paths: list[Path], data, given: dict) -> tuple[DataSource, int, list[Sample], list[Sample]]:
-    "The data, the seed of what is held out, and its training and validation images, none of which a run was trained on."
+    "The data, its seed, and its training and validation images, on none of which a run was trained."
     first = paths[0]
     if data is None and not run_file(first, 'source').is_file():
         raise ValueError(f"{str(first)!r} does not say what it was trained on: give data (--data)")
     source = data_source(run_file(first, 'source') if data is None else data, **given)
     seed = load_recipe(run_file(first, 'recipe')).seed if run_file(first, 'recipe').is_file() else 42
     _, tr, va, _ = settled_samples(source, seed)
-    if len(va) < 10: raise ValueError(f"{counted(len(va), 'validation image')} of {source.path!r}: to choose by them it takes 10 or more")
+    if len(va) < 10:
+        raise ValueError(f"{counted(len(va), 'validation image')} of {source.path!r}: to choose by them it takes 10 or more")
     for p in paths:
         if seen := {s.path.resolve() for s in va} & _trained_on(p):
-            raise ValueError(f"{str(p)!r} was trained on {len(seen)} of the {len(va)} validation images, such as {str(min(seen))!r}: "
-                             "to choose by them would flatter it; give images that no run was trained on (data=, --data)")
+            raise ValueError(f"{str(p)!r} was trained on {len(seen)} of the {len(va)} validation images, such as "
+                             f"{str(min(seen))!r}: to choose by them would flatter it; give images that no run was "
+                             "trained on (data=, --data)")
     return source, seed, tr, va
 
 def _names(paths: list[Path]) -> list[str]:
@@ -233,14 +241,15 @@ def combine(
     verdict = _verdict(honest, s.y, tried)
     best = s.choose(np.arange(len(va)), tried)
     kept = best.get(_kept(verdict) if how == 'auto' else how, best['single'])
-    with new_folder(out, 'folder'): return _written(out, s, kept, honest, verdict, best['single'], source, va)
+    with new_folder(out, 'folder'): return _written(out, s, kept, honest, verdict, source, va)
 
-def _verdict(honest: dict, y: np.ndarray, tried: list[str]) -> pd.DataFrame: # a row for each kind: accuracy, gain, won, lost, p
-    "Each kind of combination against the best run, on images that neither was chosen by."
+def _verdict(honest: dict, y: np.ndarray, tried: list[str]) -> pd.DataFrame: # accuracy, gain, won, lost, p
+    "Each kind of combination against the best run, a row for each, on images that neither was chosen by."
     right = {k: p.argmax(1) == y for k, p in honest.items()}
     tests = {k: mcnemar(right[k], right['single']) for k in tried}
     ps = dict(zip(tried, holm([m.p for m in tests.values()])))
-    rows = [dict(kind=k, accuracy=right[k].mean(), gain=right[k].mean() - right['single'].mean(), won=m.won, lost=m.lost, p=ps[k])
+    score = {k: o.mean() for k, o in right.items()}
+    rows = [dict(kind=k, accuracy=score[k], gain=score[k] - score['single'], won=m.won, lost=m.lost, p=ps[k])
             for k, m in tests.items()]
     return pd.DataFrame(rows).set_index('kind')
 
@@ -249,26 +258,27 @@ def _kept(verdict: pd.DataFrame, alpha: float = .05) -> str: # a kind
     better = verdict[(verdict.p <= alpha) & (verdict.gain > 0)]
     return better.accuracy.idxmax() if len(better) else 'single'
 
-def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.DataFrame, single: _Choice, source: DataSource,
+def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.DataFrame, source: DataSource,
              va: list[Sample]) -> Several:
     "The folder."
     own, right = honest[kept.kind], honest[kept.kind].argmax(1) == s.y
     title = lambda o: ' + '.join(s.names[i] for i in o)
     low, high = accuracy_interval(right)
     told = [_sentence(k, r) for k, r in verdict.iterrows()]
-    told.append(f"Kept: {kept.kind}, {', '.join(f'{title(o)} × {n}' if n > 1 else title(o) for o, n in kept.weights.items())}; "
+    taken = ', '.join(f'{title(o)} × {n}' if n > 1 else title(o) for o, n in kept.weights.items())
+    told.append(f"Kept: {kept.kind}, {taken}; "
                 f"accuracy to expect {right.mean():.4f} (95 % interval {low:.4f} to {high:.4f}), the choosing counted.")
-    clf = average_models([s.candidate(o) for o in kept.weights], list(kept.weights.values()), names=[title(o) for o in kept.weights],
-                         metrics=dict(accuracy=float(right.mean())))
+    clf = average_models([s.candidate(o) for o in kept.weights], list(kept.weights.values()),
+                         names=[title(o) for o in kept.weights], metrics=dict(accuracy=float(right.mean())))
     clf.save(run_file(out, 'model'))
     source.kept_in(out).save(run_file(out, 'source'))
     root, i = Path(source.path), own.argmax(1)
     image = [o.path.relative_to(root).as_posix() if o.path.is_relative_to(root) else str(o.path) for o in va]
-    df = pd.DataFrame(dict(image=image, label=[o.label for o in va], pred_label=[s.classes[k] for k in i], confidence=own.max(1),
-                           label_confidence=own[np.arange(len(i)), s.y]))
+    df = pd.DataFrame(dict(image=image, label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
+                           confidence=own.max(1), label_confidence=own[np.arange(len(i)), s.y]))
     write_text(run_file(out, 'preds'), df.to_csv(index=False))
-    about = ("Each image is answered by what was chosen without it and its fifth of the images; the model file holds what was chosen "
-             "on all of them.")
+    about = ("Each image is answered by what was chosen without it and its fifth of the images; the model file holds "
+             "what was chosen on all of them.")
     write_env(out, environment(members=_brought(s, kept), told=told, about=about))
     page = write_report(out)
     print(*told, f"model and page: {page.parent}", sep='\n', flush=True)
@@ -288,6 +298,7 @@ def _brought(s: _Search, kept: _Choice) -> list[dict]:
         rest = [(tuple(j for j in o if j != i), n) for o, n in kept.weights.items() if o != (i,)]
         rest_p = sum(n*s.probs(o) for o, n in rest)/sum(n for _, n in rest) if rest and inside else None
         brought = f"{100*(accuracy(kept.probs) - accuracy(rest_p)):+.1f} points" if rest_p is not None else '–'
-        rows.append({'name': name, 'accuracy alone': accuracy(s.probs((i,))), 'log loss alone': f'{log_loss(s.probs((i,)), s.y):.4f}',
+        own = s.probs((i,))
+        rows.append({'name': name, 'accuracy alone': accuracy(own), 'log loss alone': f'{log_loss(own, s.y):.4f}',
                      'weight': sum(n/len(o) for o, n in inside.items())/total, 'brought': brought})
     return rows

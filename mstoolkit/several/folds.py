@@ -53,7 +53,8 @@ def _write_sources(out: Path, source: DataSource):
 
 def _contents(source: DataSource) -> str:
     "A fingerprint of the images, whatever fold they are in."
-    return check_samples(source_samples(source)[0], [], source.path, classes=source.file('classes') or source.classes).contents
+    classes = source.file('classes') or source.classes
+    return check_samples(source_samples(source)[0], [], source.path, classes=classes).contents
 
 # %% ../../nbs/760_several.folds.ipynb #56581591
 def _share(minutes: float, folds: int, jobs: int) -> float: # in minutes
@@ -69,7 +70,8 @@ def _whole(recipe: Recipe|str|Path, given: dict) -> float:
 def _given(given: dict, whole: float, folds: int, jobs: int) -> dict:
     "The recipe's fields for one fold, of minutes for the whole."
     if not whole: return given
-    if _share(whole, folds, jobs) <= 0: raise ValueError(f"minutes is {whole:g}, and {folds} folds are to share it: give more")
+    if _share(whole, folds, jobs) <= 0:
+        raise ValueError(f"minutes is {whole:g}, and {folds} folds are to share it: give more")
     return given | dict(minutes=_share(whole, folds, jobs))
 
 # %% ../../nbs/760_several.folds.ipynb #f26b4103
@@ -97,17 +99,19 @@ def train_folds(
     clock, given, threads = time.perf_counter() - spent, dict(given or {}), _checked(folds, jobs, threads)
     src = replace(data_source(data, **source), folds=folds, fold=0)
     whole = _whole(recipe, given)
-    r, out = settle_run(recipe, src, out, given=_given(given, whole, folds, jobs), weights_dir=weights_dir, ending='-folds')
+    given = _given(given, whole, folds, jobs)
+    r, out = settle_run(recipe, src, out, given=given, weights_dir=weights_dir, ending='-folds')
     if whole: r = replace(r, minutes=max(_share(whole - (time.perf_counter() - clock)/60, folds, jobs), .01))
     names, tr, va, _ = settled_samples(src, r.seed)
     contents = _contents(src)
     with new_folder(out, 'folder of folds'), one_writer(out):
         r.save(run_file(out, 'recipe'))
         src = src.kept_in(out)
-        write_env(out, environment(folds=folds, data=dict(classes=len(names), train=len(tr)+len(va), contents=contents)))
+        facts = dict(classes=len(names), train=len(tr)+len(va), contents=contents)
+        write_env(out, environment(folds=folds, data=facts))
         _write_sources(out, src)
-        print(f"{r.name}: {folds} folds of {len(tr)+len(va):,} images in {len(names)} classes, {r.head} head on {r.backbone}"
-              f"{f', {r.minutes:.3g} minutes each' if whole else ''}; folder {out}", flush=True)
+        print(f"{r.name}: {folds} folds of {len(tr)+len(va):,} images in {len(names)} classes, "
+              f"{r.head} head on {r.backbone}{f', {r.minutes:.3g} minutes each' if whole else ''}; folder {out}", flush=True)
         return _go_on(out, r, jobs, threads, ray)
 
 # %% ../../nbs/760_several.folds.ipynb #5a1db056
@@ -126,10 +130,12 @@ def resume_folds(
     folds = n_folds(out)
     if not folds: raise ValueError(f"{str(out)!r} is no folder of folds")
     threads = _checked(folds, jobs, threads)
-    if read_env(out).get('ended'): raise ValueError(f"{str(out)!r} has ended well, all {folds} folds: there is nothing to resume")
+    if read_env(out).get('ended'):
+        raise ValueError(f"{str(out)!r} has ended well, all {folds} folds: there is nothing to resume")
     for what in ('recipe', 'source'):
         if not run_file(out, what).is_file():
-            raise FileNotFoundError(f"{str(out)!r} has no {run_file(out, what).name}: it was stopped before it began, remove it")
+            raise FileNotFoundError(f"{str(out)!r} has no {run_file(out, what).name}: "
+                                    "it was stopped before it began, remove it")
     with one_writer(out):
         r, src = load_recipe(run_file(out, 'recipe')), DataSource.load(run_file(out, 'source'))
         if data: src = replace(src, path=str(Path(data).resolve()))
@@ -145,7 +151,8 @@ def resume_folds(
             r = replace(r, minutes=_given({}, left_minutes, max(1, len(left)), jobs)['minutes'])
             r.save(run_file(out, 'recipe'))
         if (was := read_env(out)['data'].get('contents')) and len(left) < folds and _contents(src) != was:
-            raise ValueError(f"the images in {src.path!r} have changed since the folds began: other names, labels or content")
+            raise ValueError(f"the images in {src.path!r} have changed since the folds began: "
+                             "other names, labels or content")
         _write_sources(out, src)
         print(f"{r.name}: folder {out}, {len(left)} of {folds} folds to do", flush=True)
         return _go_on(out, r, jobs, threads, ray)
@@ -178,8 +185,8 @@ def _take_back(out: Path, r: Recipe) -> bool: # whether that was so
 
 # %% ../../nbs/760_several.folds.ipynb #cf5c3bbe
 def _member(k: int, run: Run) -> dict:
-    return dict(name=f'fold {k}', images=len(run.preds), accuracy=run.accuracy, **{'best epoch': run.env.get('best_epoch') or 0},
-                of=len(run.history))
+    best = {'best epoch': run.env.get('best_epoch') or 0}
+    return dict(name=f'fold {k}', images=len(run.preds), accuracy=run.accuracy, **best, of=len(run.history))
 
 def _put_together(out: Path) -> Several:
     "Out-of-fold predictions, the model that averages the folds, and the page."
@@ -195,11 +202,15 @@ def _put_together(out: Path) -> Several:
     (mean, low, high), (a, b) = fold_interval([r.accuracy for r in runs]), accuracy_interval(correct)
     metrics = dict(out_of_fold_accuracy=float(correct.mean()))
     average_models([r.path for r in runs], metrics=metrics).save(run_file(out, 'model'))
-    told = [f"Out-of-fold accuracy {correct.mean():.4f} over {counted(len(correct), 'image')} (95 % interval {a:.4f} to {b:.4f}).",
-            f"Mean over {len(runs)} folds {mean:.4f}, corrected 95 % interval {low:.4f} to {high:.4f} (Nadeau & Bengio 2003)."]
+    told = [f"Out-of-fold accuracy {correct.mean():.4f} over {counted(len(correct), 'image')} "
+            f"(95 % interval {a:.4f} to {b:.4f}).",
+            f"Mean over {len(runs)} folds {mean:.4f}, corrected 95 % interval {low:.4f} to {high:.4f} "
+            "(Nadeau & Bengio 2003)."]
     r, seconds = runs[0].recipe, sum(r.env.get('seconds', 0) for r in runs)
-    about = f"{len(runs)} folds: {r.head} head on {r.backbone}, {r.size} px. Each image is judged by the fold that held it out."
-    env |= dict(members=[_member(k, o) for k, o in enumerate(runs)], told=told, about=about, seconds=round(seconds, 1), **metrics)
+    about = (f"{len(runs)} folds: {r.head} head on {r.backbone}, {r.size} px. "
+             "Each image is judged by the fold that held it out.")
+    members = [_member(k, o) for k, o in enumerate(runs)]
+    env |= dict(members=members, told=told, about=about, seconds=round(seconds, 1), **metrics)
     write_env(out, env)
     page = write_report(out)
     write_env(out, env | dict(ended=True))

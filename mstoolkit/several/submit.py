@@ -27,12 +27,12 @@ from .folds import resume_folds, train_folds
 
 # %% ../../nbs/780_several.submit.ipynb #6ef166a9
 def choice_optimism(
-    scores: Sequence[Sequence[float]], # of each fold: what its epoch was chosen by, epoch for epoch, the larger the better
+    scores: Sequence[Sequence[float]], # of each fold: what it was chosen by, epoch for epoch, the larger the better
     accuracies: Sequence[Sequence[float]] # of each fold: accuracy, epoch for epoch
 ) -> float: # as a share, 0 or more
-    "How much folds flatter themselves by their choice of an epoch: the other folds choose one, and it is asked how much that costs."
+    "How much folds flatter themselves by their choice of an epoch: what it costs to let the other folds choose."
     n = max(map(len, scores))
-    at = lambda v: np.asarray(v, dtype=float)[np.arange(n)*len(v)//n] # the same shares of the training, whatever its epochs
+    at = lambda v: np.asarray(v, dtype=float)[((np.arange(n)+.5)*len(v)/n).astype(int)] # at equal shares of the training
     s, a = np.stack([at(v) for v in scores]), np.stack([at(v) for v in accuracies])
     if len(s) < 2: return 0.
     lost = [a[k, s[k].argmax()] - a[k, np.delete(s, k, 0).mean(0).argmax()] for k in range(len(s))]
@@ -77,7 +77,7 @@ def expected_accuracy(
     folder: str|Path, # a run folder, one of folds, or a combination
     images: str|Path # the folder that is predicted
 ) -> Expected:
-    "How often a model should be right on new images like those it was validated on; the interval holds for this many images."
+    "How often a model should be right on these new images, if they are like those that it was validated on."
     folder, files = Path(folder), image_files(images)
     run: Run = Several(folder) if Several.is_one(folder) else Run(folder)
     n, right = len(run.preds), run.accuracy
@@ -86,11 +86,12 @@ def expected_accuracy(
     low, high = span(.95)
     if folds := n_folds(folder):
         lost, gain = _optimism(folder, folds), _gain(folder, folds, files, right)
-        how = (f"{right:.4f} out of fold, {100*lost:.1f} points less for the choice of an epoch, about {100*gain:.1f} more for the mean of "
-               f"{folds} folds, by how they disagree on these images")
+        how = (f"{right:.4f} out of fold, {100*lost:.1f} points less for the choice of an epoch, about {100*gain:.1f} "
+               f"more for the mean of {folds} folds, by how they disagree on these images")
         mid = right - lost + gain
         return Expected(mid, max(0., min(low - lost, mid)), min(1., max(high + gain, mid)), how)
-    if isinstance(run, Several): return Expected(right, low, high, f"{right:.4f} on images that the choosing had not seen")
+    if isinstance(run, Several):
+        return Expected(right, low, high, f"{right:.4f} on images that the choosing had not seen")
     epochs = len(run.history)
     # whichever of so many epochs was chosen, all of them keep to this together
     how = f"{right:.4f} on {counted(n, 'validation image')}, the best of {counted(epochs, 'epoch')}"
@@ -101,7 +102,8 @@ def _optimism(folder: Path, folds: int) -> float:
     runs = [Run(fold_folder(folder, k)) for k in range(folds)]
     monitor = runs[0].recipe.monitor
     sign = -1 if metric_mode(monitor) == 'min' else 1
-    return choice_optimism([sign*r.history[monitor].to_numpy() for r in runs], [r.history.accuracy.to_numpy() for r in runs])
+    columns = lambda name: [r.history[name].to_numpy() for r in runs]
+    return choice_optimism([sign*o for o in columns(monitor)], columns('accuracy'))
 
 def _gain(folder: Path, folds: int, files: list[Path], accuracy: float, most: int = 400) -> float:
     "`averaging_gain` of a folder of folds, from some of the images."
@@ -131,11 +133,12 @@ def submit(
     exp = expected_accuracy(made, images)
     write_predictions(df, out, zip=out.suffix == '.zip', force=force)
     print(f"{counted(len(df), 'prediction')} of {counted(len(found), 'image')} in {out}", flush=True)
-    print(f"accuracy to expect: {exp.accuracy:.3f}, 95 % interval {exp.low:.3f} to {exp.high:.3f} ({exp.how})", flush=True)
+    told = f"{exp.accuracy:.3f}, 95 % interval {exp.low:.3f} to {exp.high:.3f} ({exp.how})"
+    print(f"accuracy to expect: {told}", flush=True)
     return exp
 
-def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spent: float) -> Path: # a folder with a model
-    "What was trained; what was stopped goes on, what is missing is done."
+def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spent: float) -> Path:
+    "The folder of what was trained; what was stopped goes on, what is missing is done."
     if isinstance(folder, DataSource) or not run_file(folder, 'env').is_file():
         source = data_source(folder)
         if not Path(source.path).is_dir(): raise FileNotFoundError(f"there is no folder {source.path!r}")
