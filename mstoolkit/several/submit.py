@@ -146,6 +146,7 @@ def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spen
         if not n_folds(work):
             given, recipe = todo.pop('given'), todo.pop('recipe')
             return train_folds(recipe, source, work, given=given, jobs=jobs, spent=spent, **todo).path
+        print(f"what was trained before: {n_folds(work)} folds in {work}", flush=True)
         folder = work
     if n_folds(folder) and not read_env(folder).get('ended'): return resume_folds(folder, jobs=jobs, spent=spent).path
     return (Several if Several.is_one(folder) else Run)(Path(folder)).path
