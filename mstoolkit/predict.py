@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastai.learner import Learner
 
-from .classifier import Classifier
+from .classifier import Classifier, average_models
 from .core import atomic_path, check_new, choice, counted, pick_device, track
 from .data.sources import formula_starts, image_files
 from .models.arithmetic import check_precision
@@ -71,7 +71,7 @@ def _report_bad(bad: dict, n: int, on_bad: str):
 
 # %% ../nbs/720_predict.ipynb #af1eb13d
 def predict_folder(
-    model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
+    model: Learner|Classifier|str|Path|list, # a learner, a classifier, a model file or a run folder; of several, their average
     folder: str|Path, # images to classify, in folders of any depth
     *,
     top_k: int = 1, # with more than 1, add the columns label_1, confidence_1, label_2 … of the most probable classes
@@ -85,6 +85,7 @@ def predict_folder(
     "Classify the images of a folder: one row each, sorted by name, labelled with class names."
     choice(on_bad, ('error', 'skip'), 'on_bad')
     if isinstance(model, Learner): device, model = device or str(model.dls.device), Classifier.from_learner(model)
+    if isinstance(model, list): model = average_models(model)
     clf = model if isinstance(model, Classifier) else Classifier.load(model)
     folder, classes = Path(folder), clf.header.classes
     if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")

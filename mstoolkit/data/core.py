@@ -14,7 +14,7 @@ import os
 import pickle
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import is_
 from pathlib import Path
@@ -448,30 +448,31 @@ def valid_size(
 
 # %% ../../nbs/170_data.core.ipynb #41dd11ff
 class _Files(torch.utils.data.Dataset):
-    "Image files as uint8 tensors, or the reason why not."
-    def __init__(self, files, size): self.files, self.size, self.pipe = files, size, augment_tfms('none', size)
+    "Image files as uint8 tensors, one for each size, or the reason why not."
+    def __init__(self, files, sizes): self.files, self.pipes = files, {s: augment_tfms('none', s) for s in sizes}
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         f = self.files[i]
-        try: return f, _to_tensor(apply_tfms(self.pipe, read_image(f, self.size)))
+        try: return f, [_to_tensor(apply_tfms(pipe, read_image(f, s))) for s, pipe in self.pipes.items()]
         except ImageError as e: return f, str(e)
 
-def _split_bad(items: list) -> tuple[torch.Tensor, list[Path], dict]:
+def _split_bad(items: list) -> tuple[torch.Tensor|tuple, list[Path], dict]:
     "Stack what could be read, keep the reasons of the rest."
-    good = [(f, x) for f, x in items if not isinstance(x, str)]
-    x = torch.stack([x for _, x in good]) if good else torch.empty(0)
-    return x, [f for f, _ in good], {f: why for f, why in items if isinstance(why, str)}
+    good = [(f, xs) for f, xs in items if not isinstance(xs, str)]
+    x = tuple(map(torch.stack, zip(*(xs for _, xs in good)))) or (torch.empty(0),)
+    return x[0] if len(x) == 1 else x, [f for f, _ in good], {f: why for f, why in items if isinstance(why, str)}
 
 # %% ../../nbs/170_data.core.ipynb #99ecf72b
 def image_loader(
     files: list[Path], # images, in the order they come back
-    size: int, # side of the square images, in pixels
+    size: int|Sequence[int], # side of the square images, in pixels; of several, batches come in each, as a tuple
     *,
     bs: int = 64, # images in a batch
     num_workers: int|None = None # loader processes; `default_workers` when not given
 ) -> torch.utils.data.DataLoader: # of uint8 images (B, 3, size, size), their files, and unreadable file → reason
     "A loader of image files for prediction."
     workers = default_workers(len(files)) if num_workers is None else num_workers
-    return torch.utils.data.DataLoader(_Files(files, size), bs, num_workers=workers, collate_fn=_split_bad,
+    sizes = [size] if isinstance(size, int) else size
+    return torch.utils.data.DataLoader(_Files(files, sizes), bs, num_workers=workers, collate_fn=_split_bad,
                                        multiprocessing_context=start_method if workers else None,
                                        worker_init_fn=worker_init())
