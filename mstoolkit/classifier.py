@@ -316,7 +316,8 @@ def average_models(
     paths = [_model_file(o).resolve() for o in models if not isinstance(o, Classifier)]
     if twice := [o for o, n in Counter(paths).items() if n > 1]:
         raise ValueError(f"{str(twice[0])!r} is given twice: give each model once")
-    named = names or [f'model {i}' if isinstance(o, Classifier) else Path(o).stem for i, o in enumerate(models, 1)]
+    called = lambda p: p.name if p.is_dir() else p.stem
+    named = names or [f'model {i}' if isinstance(o, Classifier) else called(Path(o)) for i, o in enumerate(models, 1)]
     own = [o if isinstance(o, Classifier) else Classifier.load(o, device) for o in models]
     if len(weights or own) != len(own) or len(named) != len(own):
         raise ValueError(f"{len(own)} models, {len(weights or own)} weights and {len(named)} names: give one of each")

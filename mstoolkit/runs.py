@@ -320,6 +320,7 @@ def n_folds(
 @dataclass(frozen=True)
 class Several(Run):
     "What a finished folder of several models holds."
+    path: Path # the folder
     needed: ClassVar[tuple] = 'source', 'env', 'preds', 'model'
 
     @property
