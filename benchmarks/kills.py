@@ -3,7 +3,7 @@
     python benchmarks/kills.py
 
 SIGKILL with two loader processes and with none, SIGTERM and SIGINT (every second one while a checkpoint or a model is being
-written), 40 trials each, and a study killed and taken up; about 20 minutes on two cores, `--n 4` for a look. Writes kills.md.
+written), 40 trials each, and a study and folds killed and taken up; about 20 minutes on two cores, `--n 4` for a look. Writes kills.md.
 Asked for: exit code 143 or 130 and one line on standard error, no process left after ten seconds, and after `--resume` the
 weights, history (without its times) and predictions of the run in one go. `--seed` repeats the moments.
 """
@@ -161,6 +161,32 @@ class Trials:
         return f'| {name} | {n} | {n} taken up | {len(self.bad)-before} |'
 
 
+def folds(t: Trials, n: int) -> str:
+    "The same for three folds, which are taken up with --resume."
+    first = lambda out: ['train', t.data, '--recipe', 'gate', '--folds', 3, '--out', out, '--threads', 1, *t.options(0)]
+    ref, name, before = t.root/'folds', 'three folds, SIGKILL', len(t.bad)
+    o = t.child(first(ref)).wait(200)
+    if o.code:
+        t.failed(name, 'in one go', o.err[-400:])
+        return f'| {name} | 0 | | 1 |'
+    whole = [ref.name, *(f'{ref.name}/fold-{k}' for k in range(3))]
+    for i in range(n):
+        out, after = t.root/f'folds-{i}', t.rng.uniform(.1, o.seconds)
+        child = t.child(first(out))
+        t.stop(child, out, signal.SIGKILL, after, False)
+        code = child.wait(60).code
+        again = ['train', '--resume', out] if (out/'environment.json').is_file() else first(out)
+        r = t.child([*again, '--threads', 1]).wait(200) if code else None
+        if r and r.code: t.failed(name, f'{after:.2f} s of {o.seconds:.2f}', f'exit code {r.code}: {r.err.strip()[-400:]!r}')
+        for w in whole:
+            a, b = t.root/w, out/w.partition('/')[2]
+            odd = [f for f in ('model.safetensors', 'valid_predictions.csv') if (a/f).read_bytes() != (b/f).read_bytes()]
+            if odd: t.failed(name, f'{after:.2f} s of {o.seconds:.2f}', f'{b} is other: {odd}')
+        shutil.rmtree(out, ignore_errors=True)
+    print(f'{name}: {n} trials, {len(t.bad)-before} failures', flush=True)
+    return f'| {name} | {n} | {n} taken up | {len(t.bad)-before} |'
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--n', type=int, default=40, help='trials of each kind')
@@ -180,7 +206,7 @@ def main():
         rows = [t.some('SIGKILL, two loader processes', args.n, signal.SIGKILL, 2), t.some('SIGKILL, none', args.n, signal.SIGKILL, 0),
                 t.some('SIGTERM, two loader processes', args.n//2, signal.SIGTERM, 2, half), t.some('SIGTERM, none', args.n//2, signal.SIGTERM, 0, half),
                 t.some('SIGINT, two loader processes', args.n//2, signal.SIGINT, 2, half), t.some('SIGINT, none', args.n//2, signal.SIGINT, 0, half),
-                t.study(max(1, args.n//10), 1), t.study(max(1, args.n//20), 2)]
+                t.study(max(1, args.n//10), 1), t.study(max(1, args.n//20), 2), folds(t, max(1, args.n//4))]
     failures = '\n'.join(f'- {o}' for o in t.bad) or 'No trial failed.'
     write_text(HERE/'kills.md', '\n'.join([
         '# Killed and taken up again', '', f'    python benchmarks/kills.py --n {args.n} --seed {args.seed}', '',

@@ -19,6 +19,7 @@ from .data.core import *
 from .data.image import read_image
 from .data.make import *
 from .models.backbone import *
+from .models.ensemble import Ensemble
 from .models.fold import fold_batchnorms
 from .models.memory import largest_batch
 from .models.fusion import *
@@ -34,6 +35,7 @@ from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
 from .callback.smoothing import *
+from .callback.probe import *
 from .callback.speed import *
 from .callback.tracker import *
 from .runs import *
@@ -51,6 +53,9 @@ from .predict import *
 from .evaluate.gain import *
 from .report import *
 from .ablation import *
+from .several.folds import *
+from .several.combine import combine
+from .several.submit import submit
 
 # %% ../nbs/820_all.ipynb #b8900c6d
 __all__ = [n for n in globals() if not n.startswith('_')]

@@ -14,15 +14,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from PIL import Image
 
-from .core import pick_device
+from .core import counted, pick_device
 from .data.core import settled_samples
 from .data.image import ImageError, read_image
 from .data.sources import DataSource, Sample, data_source
 from .models.backbone import check_name
 from .models.candidates import (choice_told, rank_backbones, set_aside, take_backbone, time_backbone,
                                          weights_at_hand, weights_told)
+from .models.fusion import heads, multiscale_model
+from .models.split import stage_splitter
 from .recipe import Recipe
 
 # %% ../nbs/430_plan.ipynb #a6095777
@@ -70,7 +73,7 @@ default_minutes = 20. # where neither minutes nor epochs are given
 def _size(facts: DataFacts, on_cpu: bool, minutes: float) -> int: # in pixels
     "The side to train at: what the images have, in whole strides, and what the time allows."
     if facts.side < 96: return max(32, 32*round(facts.side/32))
-    return 160 if on_cpu and minutes < 120 else 224
+    return min(224 if on_cpu and minutes < 2 else 256, 32*round(facts.side/32))
 
 def size_and_batch(
     facts: DataFacts, # the data
@@ -86,17 +89,36 @@ def size_and_batch(
 def _augment(facts: DataFacts, passes: float) -> str:
     "Grey images are mostly writing, signs or scans, whose mirror image is another thing."
     if facts.grey: return 'upright'
-    return 'strong' if passes >= 5 else 'light'
+    return 'strong' if passes >= 10 else 'photo'
+
+# without backward pass through the first stages a step is faster: how many times, with Lite0 on two cores
+_faster = {0: 1., 2: 2., 3: 2.9, 4: 5.}
+
+def _frozen_stages(passes: float, n_stages: int) -> int:
+    "As few stages as let a training see its data six times; the last one always learns."
+    return min(n_stages - 1, next((n for n, times in _faster.items() if passes*times >= 6), max(_faster)))
+
+def _probed(passes: float, n_stages: int) -> dict:
+    "A head trained to its end, then with it the stages there is time for, at a small rate, under the same norms."
+    # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
+    return dict(schedule='fine-tune', lr=2e-3, layer_decay=.7, probe=True, freeze_share=.5, freeze_norms=True,
+                frozen_stages=_frozen_stages(passes, n_stages))
 
 def training_fields(
     facts: DataFacts, # the data
     pretrained: bool, # whether the backbone brings weights
-    passes: float # how often the training will see the data
+    passes: float, # how often a training of all weights would see the data
+    head: str = 'gated', # a name in `heads`
+    n_stages: int = 5 # groups of the backbone's weights, as `stage_splitter` makes them
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
-    start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7) if pretrained else dict(schedule='one-cycle', lr=4e-3)
-    mix = dict(cutmix=.5, mix_off_share=.15) if passes >= 8 else dict(cutmix=0.)
-    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, test_size=-1, augment=_augment(facts, passes),
+    if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=-1)
+    elif hasattr(heads[head], 'pool'):
+        start = _probed(passes, n_stages)
+        passes *= _faster[start['frozen_stages']]
+    else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=-1)
+    mix = dict(cutmix=.5, mix_off_share=.15) if passes >= 10 else dict(cutmix=0.)
+    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, passes),
                 balance='logit-adjust' if facts.uneven >= 20 else 'none', plateau_patience=-1, stop_patience=0) | start | mix
 
 # %% ../nbs/430_plan.ipynb #f2056135
@@ -118,8 +140,14 @@ def _backbone(facts: DataFacts, given: dict, fields: dict, seconds: float, devic
     found = dict(pretrained=pretrained)
     if name == 'auto': found['backbone'] = name = scratch_backbone
     elif pretrained and weights_dir and (w := weights_at_hand(check_name(name), weights_dir)).how == 'file': found['weights_file'] = w.where
-    speed = time_backbone(name, len(facts.per_class), rounds=1, n=2, **kw)
+    speed = time_backbone(name, len(facts.per_class), rounds=1, n=4, **kw)
     return found, speed*seconds*(1 - set_aside)/facts.n_train
+
+def _n_stages(name: str, fields: dict) -> int:
+    "How many groups of weights a backbone has, on a sketch of it."
+    kw = dict(pretrained=False, img_size=fields['size'])
+    with torch.device('meta'): model = multiscale_model(name, fields['head'], 2, **kw)
+    return len(stage_splitter(model)) - 1
 
 scratch_backbone = 'resnet10t' # small, and made of nothing that needs long training
 
@@ -138,9 +166,14 @@ def auto_recipe(
     fields = dict(name='auto') | size_and_batch(facts, given, minutes, device.type == 'cpu')
     network, passes = _backbone(facts, given, fields, 60*minutes, device, weights_dir, told)
     passes = given.get('epochs') or passes
-    fields |= network | training_fields(facts, network['pretrained'], passes)
+    n_stages = _n_stages((given | network)['backbone'], fields) if network['pretrained'] else 1
+    fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages)
     if given.get('teacher'): fields['balance'] = 'none' # a teacher's answers know no classes that are too rare
     r = Recipe.from_dict(fields | {k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
-    told.append(f"{facts.n_train:,} training images of about {facts.side} px{', grey' if facts.grey else ''}, which it will see "
-                f"{passes:.3g} times: {r.size} px, augmentation {r.augment}{', CutMix' if r.cutmix else ''}, {r.schedule} at rate {r.lr:g}")
+    first = 'head first, on features computed once, ' if r.probe else ''
+    grey = ', grey' if facts.grey else ''
+    told.append(f"{facts.n_train:,} training images of about {facts.side} px{grey}, and time for {passes:.2g} "
+                f"passes over them with all of the network: {first}"
+                f"{counted(r.frozen_stages, 'stage') + ' frozen, ' if r.frozen_stages else ''}"
+                f"{r.size} px, augmentation {r.augment}{', CutMix' if r.cutmix else ''}, {r.schedule} at rate {r.lr:g}")
     return r, told

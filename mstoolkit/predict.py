@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastai.learner import Learner
 
-from .classifier import Classifier
+from .classifier import Classifier, average_models
 from .core import atomic_path, check_new, choice, counted, pick_device, track
 from .data.sources import formula_starts, image_files
 from .evaluate.calibration import tempered
@@ -42,10 +42,12 @@ def predict_views(
     check_views(tta, mirrored=h.mirrored, augment=h.augment, one_size=takes_one_size(clf))
     clf.model.to(device)
     sizes, total = view_sizes(tta, h.size), len(files)*len(view_sets[tta])
-    batches = clf.batches(files, bs=bs, num_workers=num_workers, sizes=sizes)
-    for _, xs, ok, errors in track(batches, 'predict', total=-(-len(files)//bs)):
+    several = len(sizes) > 1
+    batches = clf.batches(files, bs=bs, num_workers=num_workers, sizes=sizes if several else None)
+    for _, x, ok, errors in track(batches, 'predict', total=-(-len(files)//bs)):
         if not ok: yield torch.empty(len(view_sets[tta]), 0, len(h.classes)), ok, errors
         else:
+            xs = list(x) if several else [x]
             run = run or clf.network(xs[0], total, precision=precision)
             p = view_probs(lambda x: tempered(run(x), h.temperature), xs, tta).cpu()
             if len(odd := (~p.isfinite().all(2).all(0)).nonzero()):
@@ -55,8 +57,8 @@ def predict_views(
 def takes_one_size(
     clf: Classifier # a model
 ) -> bool:
-    "Whether its network is built for images of one size, as ViT and Swin are."
-    return any(getattr(m, 'fixed_size', False) for m in clf.model.modules())
+    "Whether a network is built for images of one size, as ViT and Swin are, or there are several, each with a size of its own."
+    return bool(clf.header.members) or any(getattr(m, 'fixed_size', False) for m in clf.model.modules())
 
 # %% ../nbs/720_predict.ipynb #9cd9b984
 def predict_probs(
@@ -102,7 +104,7 @@ def _report_bad(bad: dict, n: int, on_bad: str):
 
 # %% ../nbs/720_predict.ipynb #af1eb13d
 def predict_folder(
-    model: Learner|Classifier|str|Path, # a learner, a classifier, a model file or a run folder
+    model: Learner|Classifier|str|Path|list, # a learner, a classifier, a model file or a run folder; of several, their average
     folder: str|Path, # images to classify, in folders of any depth
     *,
     tta: str = 'none', # average over views of each image: none, flip, sizes or flip+sizes
@@ -117,6 +119,7 @@ def predict_folder(
     "Classify the images of a folder: one row each, sorted by name, labelled with class names."
     choice(on_bad, ('error', 'skip'), 'on_bad')
     if isinstance(model, Learner): device, model = device or str(model.dls.device), Classifier.from_learner(model)
+    if isinstance(model, list): model = average_models(model)
     clf = model if isinstance(model, Classifier) else Classifier.load(model)
     folder, classes = Path(folder), clf.header.classes
     if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")

@@ -160,13 +160,17 @@ class Recipe(PlainData):
     # data
     size:int = option(224, int, 'Data', "side of the square images the model sees, in pixels", lo=8, hi=4096)
     augment:str = option('light', str, 'Data',
-                         "augmentation of the training images: none, light, affine, strong, upright or shift")
+                         "augmentation of the training images: none, light, affine, photo, strong, upright or shift")
     num_workers:int = option(-1, int, 'Data', "loader processes; -1 chooses by machine and data", lo=-1, hi=256)
     # training
     epochs:int = option(100, int, 'Training', "epochs at the most; 0 where minutes decide", lo=0)
     minutes:float = option(0., float, 'Training', "train for so long in the place of epochs, everything counted; 0: epochs decide", lo=0)
     freeze_epochs:int = option(1, int, 'Training', "epochs of the frozen phase, for schedule fine-tune", lo=0)
     freeze_share:float = option(.1, float, 'Training', "the same under minutes: the phase's share of the training time", lo=0, hi=.9)
+    probe:bool = option(False, bool, 'Training',
+                        "in the frozen phase train the head to its end, on features computed once")
+    frozen_stages:int = option(0, int, 'Training', "first stages that never learn, which saves time", lo=0)
+    freeze_norms:bool = option(False, bool, 'Training', "the backbone's batch norms keep the statistics they came with")
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
     bs:int = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')
@@ -225,14 +229,17 @@ class Recipe(PlainData):
     recompute:bool = option(False, bool, 'Machine',
                             "compute activations again in the backward pass instead of keeping them: less memory, "
                             "about a third slower")
-    compile:bool = option(False, bool, 'Machine',
-                          "compile the network with torch.compile; pays on long runs, mostly on GPUs")
+    compile:str = option('auto', str, 'Machine',
+                         "torch.compile: auto tries it in a run of hours with precision auto, keeps it if faster",
+                         choices=('auto', 'on', 'off'))
     precision:str = option('auto', str, 'Machine',
                            "numbers computed in: auto times fp32 and the device's 16-bit format, keeps the faster",
                            choices=('auto', 'fp32', 'bf16', 'fp16'))
     seed:int = option(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
 
     def __post_init__(self):
+        if isinstance(self.compile, bool): # as it was written once
+            object.__setattr__(self, 'compile', 'on' if self.compile else 'off')
         super().__post_init__()
         folder_name(self.name, 'a recipe')
         if self.cutmix + self.mixup > 1:
@@ -279,7 +286,8 @@ class Recipe(PlainData):
         "Refuse a field that was given and changes nothing."
         mixed, tuned = self.cutmix + self.mixup > 0, self.schedule == 'fine-tune'
         works = dict(
-            freeze_epochs=(tuned and not self.minutes, "schedule fine-tune and epochs"),
+            freeze_epochs=(tuned and not self.minutes and not self.probe, "schedule fine-tune and epochs, without probe"),
+            probe=(tuned, "schedule fine-tune"),
             freeze_share=(tuned and self.minutes, "schedule fine-tune and minutes"),
             train_bn=(tuned, "schedule fine-tune"),
             smoothing=(self.loss == 'smoothed' and not self.teacher, "loss smoothed and no teacher"),

@@ -28,9 +28,9 @@ from .classifier import Classifier
 from .core import check_new, choice, counted, write_text
 from .evaluate.attribution import overlay, plot_shares, scale_attribution, scale_shares
 from .evaluate.interpret import (calibration_error, calibration_null, calibration_warning, class_table, confusion_pairs,
-                                          palette, plot_calibration, plot_cells, plot_confusion, plot_curves)
+                                          label_errors, palette, plot_calibration, plot_cells, plot_confusion, plot_curves)
 from .evaluate.stats import accuracy_interval, verdicts
-from .runs import Run, correct_cells, group_runs, run_file, run_folders
+from .runs import Run, Several, correct_cells, group_runs, run_file, run_folders
 
 # %% ../nbs/730_report.ipynb #1623bece
 def run_warnings(
@@ -165,7 +165,7 @@ def _facts(run: Run) -> dict:
     each, started = f'{trained}{_spread(n)} validation images each', e.get('started', '–')
     wait = f", {h.data_wait.mean():.0%} of it waiting for data" if 'data_wait' in h else ''
     machine = (e.get('platform'), e.get('gpu') or e.get('device'), f"{e.get('processors', '?')} threads",
-               e.get('precision'), e.get('memory_format'))
+               e.get('precision'), e.get('memory_format'), 'compiled' if e.get('compiled') else '')
     facts = {'Data': run.source.path, 'Images': images, 'Classes': f"{d.get('classes', len(n))}; {each}",
              'Time': f"{_clock(e.get('seconds', 0))}; {_clock(h.seconds.mean())} an epoch{wait}",
              'Machine': ', '.join(filter(None, machine)), 'Started': started,
@@ -297,9 +297,61 @@ def _run_page(run: Run, name: str, seconds: float) -> dict:
     return dict(name=name, text=f"{r.head} head on {r.backbone}, {begun}, {r.size} px; {r.loss} loss, seed {r.seed}.",
                 cards=_cards(run), warnings=run_warnings(run), sections=[*filter(None, sections), _repeat(run), _facts(run)])
 
+# %% ../nbs/730_report.ipynb #f53946c8
+def _suspects(s: Several, clf: Classifier, n: int = 24) -> dict:
+    "The images whose label is contradicted most surely: the first as pictures, more as a table."
+    df, section = label_errors(s.preds), dict(title='Labels to look at')
+    if not len(df): return section | dict(text="No label is contradicted.")
+    words = lambda r: f'{r.image}: {r.confidence:.0%} sure of {r.pred_label}, {r.label_confidence:.1%} of {r.label}'
+    shown = [(im, r) for x, _, own in _image_batches(s, clf, df.head(n))
+             for im, r in zip(x.permute(0, 2, 3, 1).numpy(), own.itertuples())]
+    title = lambda r: f'labelled {r.label}, looks like {r.pred_label}'
+    section['losses'] = [dict(title=title(r), tiles=_tiles(im, None, 0), text=words(r)) for im, r in shown]
+    word = lambda s: (s, s, 'text')
+    rows = [[r.image, word(r.label), word(r.pred_label), _pct(r.confidence), _pct(r.label_confidence)]
+            for r in df.head(200).itertuples()]
+    cols = dict(image=True, label=True, answer=True) | {'sure of the answer': False, 'of the label': False}
+    return section | dict(table=_table('Contradicted labels, the surest contradiction first', cols, rows),
+                          text=f"{counted(len(df), 'image')} answered otherwise than labelled, by models that were not "
+                               "trained on them. Of the first some are wrong labels, and some are hard images.")
+
+def _members(s: Several) -> dict:
+    "What each model is worth."
+    def cell(v): return v if isinstance(v, str) else _pct(v) if isinstance(v, float) else (f'{v:,}', v)
+    names = list(dict.fromkeys(k for m in s.members for k in m))
+    text = {k: any(isinstance(m.get(k), str) for m in s.members) for k in names}
+    rows = [[cell(m.get(k, '')) for k in names] for m in s.members]
+    return dict(title='The models', text=' '.join(s.env.get('told', [])), table=_table('Each model', text, rows))
+
+def _several_page(s: Several) -> dict:
+    "All that the page says of several models."
+    clf, (low, high) = Classifier.load(s.path), accuracy_interval(s.correct.to_numpy())
+    n, size = len(s.preds), s.file('model').stat().st_size
+    interval, wrong = f'95 % interval {low:.1%} to {high:.1%} over {counted(n, "image")}', int((~s.correct).sum())
+    networks = counted(max(1, len(clf.header.members)), 'network')
+    cards = [dict(title='Accuracy', value=f'{s.accuracy:.1%}', note=interval),
+             dict(title='Mistakes', value=f'{wrong:,}', note=f'of {n:,} images in {s.preds.label.nunique()} classes'),
+             dict(title='Calibration error', value=f'{calibration_error(s.preds):.3f}', note='ECE, 15 bins'),
+             dict(title='Model file', value=f'{size/1e6:.0f} MB', note=networks),
+             dict(title='Time', value=_clock(s.env.get('seconds', 0)), note='of all models')]
+    sections = [_suspects(s, clf), _members(s), _confusion(s), _classes(s), _calibration(s)]
+    page = dict(name=s.path.resolve().name, text=s.env.get('about', ''), cards=cards, warnings=[], sections=sections)
+    return dict(title=page['name'], runs=[page])
+
 # %% ../nbs/730_report.ipynb #52bd4efe
+def _pages(paths: list, baseline: str|None, share_seconds: float) -> dict:
+    "The pages of runs, and how they compare."
+    found = [Run(o) for p in paths for o in run_folders(p)]
+    groups = group_runs(found)
+    if baseline is not None: choice(baseline, groups, 'baseline')
+    best = {k: max(v, key=lambda r: r.accuracy) for k, v in groups.items()}
+    names = {k: k if len(v) == 1 else f'{k}, best of {len(v)} seeds' for k, v in groups.items()}
+    pages = [_run_page(r, names[k], share_seconds/len(best)) for k, r in best.items()]
+    return dict(runs=pages, title=next(iter(groups)) if len(groups) == 1 else f'{len(groups)} models compared',
+                comparison=_comparison(groups, baseline) if len(found) > 1 else None)
+
 def write_report(
-    runs: str|Path|list, # a run folder or the folder of a study, or several
+    runs: str|Path|list, # a run folder or the folder of a study, or several; or one of folds or a combination
     out: str|Path|None = None, # the HTML file to write; by default `report.html` in the first folder, which is rewritten
     *,
     baseline: str|None = None, # the cell that the others are compared with; the first when not given
@@ -309,17 +361,13 @@ def write_report(
     "Write one self-contained HTML file about a run, or about several and how they compare."
     paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
     if not paths: raise ValueError("there is no run to report on: give at least one run folder")
-    found = [Run(o) for p in paths for o in run_folders(p)]
-    groups = group_runs(found)
-    if baseline is not None: choice(baseline, groups, 'baseline')
+    whole = next((p for p in paths if Several.is_one(p)), None)
+    if whole is not None and (len(paths) > 1 or baseline is not None):
+        raise ValueError(f"{str(whole)!r} holds several models and has a page of its own: give it alone")
+    told = _pages(paths, baseline, share_seconds) if whole is None else _several_page(Several(Path(whole)))
     out = check_new(out, 'report') if out else run_file(paths[0], 'report')
-    best = {k: max(v, key=lambda r: r.accuracy) for k, v in groups.items()}
-    names = {k: k if len(v) == 1 else f'{k}, best of {len(v)} seeds' for k, v in groups.items()}
-    pages = [_run_page(r, names[k], share_seconds/len(best)) for k, r in best.items()]
-    title = title or (next(iter(groups)) if len(groups) == 1 else f'{len(groups)} models compared')
     loader = jinja2.PackageLoader('mstoolkit')
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = env.get_template('report.html').render(
-        title=title, written=time.strftime('%d %B %Y, %H:%M'), version=__version__, runs=pages,
-        comparison=_comparison(groups, baseline) if len(found) > 1 else None)
+    page = env.get_template('report.html').render(told | dict(
+        title=title or told['title'], written=time.strftime('%d %B %Y, %H:%M'), version=__version__))
     return write_text(out, page)

@@ -7,8 +7,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/runs.html.md"""
 # %% auto #0
 __all__ = ['run_files', 'study_files', 'run_file', 'study_file', 'free_run_folder', 'library_versions', 'environment',
            'write_env', 'read_env', 'one_writer', 'stopped_run', 'beginnings', 'clear_stillborn', 'clear_leftovers',
-           'read_history', 'read_predictions', 'Run', 'seed_folder', 'finished_runs', 'read_study', 'run_folders',
-           'read_failures', 'group_runs', 'correct_cells']
+           'read_history', 'read_predictions', 'Run', 'fold_folder', 'n_folds', 'Several', 'seed_folder',
+           'finished_runs', 'read_study', 'run_folders', 'read_failures', 'group_runs', 'correct_cells']
 
 # %% ../nbs/420_runs.ipynb #d4b52393
 import contextlib
@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -127,6 +127,7 @@ def read_env(
 _env_kinds: dict[str, Any] = {
     'data': dict, 'versions': dict, 'command': list, 'platform': str, 'started': str, 'device': str, 'gpu': str,
     'calibration': dict, 'calibration.temperature': (int, float), 'calibration.lines': [str],
+    'folds': int, 'members': [dict], 'told': [str],
     'recipe': dict, 'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
     'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
 
@@ -250,12 +251,12 @@ def read_predictions(
 class Run:
     "What the folder of a finished run holds, read when it is asked for."
     path: Path # the run folder
+    needed: ClassVar[tuple] = 'recipe', 'source', 'env', 'history', 'preds' # what a finished one has
 
     def __post_init__(self):
         object.__setattr__(self, 'path', Path(self.path))
         if not self.path.is_dir(): raise FileNotFoundError(f"there is no run folder {str(self.path)!r}")
-        needed = 'recipe', 'source', 'env', 'history', 'preds'
-        if missing := [run_files[o] for o in needed if not self.file(o).is_file()]:
+        if missing := [run_files[o] for o in self.needed if not self.file(o).is_file()]:
             raise FileNotFoundError(f"{str(self.path)!r} is not a finished run folder: "
                                     f"it has no {', no '.join(missing)}")
 
@@ -305,6 +306,38 @@ class Run:
     def accuracy(self) -> float: # 0…1
         "Share of the validation images that the best model gets right."
         return float(self.correct.mean())
+
+# %% ../nbs/420_runs.ipynb #7100d6b2
+def fold_folder(
+    out: str|Path, # a folder of folds
+    k: int # the fold that is held out, from 0
+) -> Path: # its run folder
+    "Where a folder of folds keeps a run."
+    return Path(out)/f'fold-{k}'
+
+def n_folds(
+    path: str|Path # any folder
+) -> int: # 0: it is no folder of folds
+    "How many folds a folder of folds has, finished or not."
+    return read_env(path).get('folds', 0) if run_file(path, 'env').is_file() else 0
+
+@dataclass(frozen=True)
+class Several(Run):
+    "What a finished folder of several models holds."
+    path: Path # the folder
+    needed: ClassVar[tuple] = 'source', 'env', 'preds', 'model'
+
+    @property
+    def members(self) -> list[dict]: # name, accuracy and more of each
+        "What each model is, and is worth."
+        return self.env.get('members', [])
+
+    @staticmethod
+    def is_one(
+        path: str|Path # any folder
+    ) -> bool: # whether finished or not
+        "Whether a folder is for several models."
+        return run_file(path, 'env').is_file() and bool({'folds', 'members'} & set(read_env(path)))
 
 # %% ../nbs/420_runs.ipynb #c3901950
 def seed_folder(

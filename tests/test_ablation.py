@@ -37,7 +37,7 @@ def navon(tmp_path_factory): return make_navon(tmp_path_factory.mktemp('d')/'nav
 def fake_train(monkeypatch, navon):
     "Training that only leaves a run folder; `calls` tells which."
     calls = []
-    def train(r, source, out):
+    def train(r, source, out, **kw):
         calls.append((r.head, r.seed))
         if r.lr == 1.: raise ValueError('this rate\nis absurd')
         assert set(pd.read_csv(data_source(source).csv).split) == {'train', 'valid'}
@@ -73,11 +73,11 @@ def test_a_study_is_run_and_judged(tmp_path, navon, fake_train, capsys):
 def test_an_interrupted_study_goes_on_where_it_was(tmp_path, navon, fake_train, monkeypatch):
     whole = run_study(HEADS, navon, tmp_path/'whole', recipe=BASE, seeds=2)
     train, n = ablation.train, len(fake_train)
-    def interrupted(r, source, out):
+    def interrupted(r, source, out, **kw):
         if len(fake_train) == n+2:
             Path(out).mkdir(parents=True); (Path(out)/'recipe.toml').write_text('half')
             raise KeyboardInterrupt
-        train(r, source, out)
+        train(r, source, out, **kw)
     monkeypatch.setattr(ablation, 'train', interrupted)
     with pytest.raises(KeyboardInterrupt): run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=2)
     monkeypatch.setattr(ablation, 'train', train)
@@ -100,9 +100,9 @@ def test_a_study_with_a_failed_run_says_so_everywhere(tmp_path, navon, fake_trai
     HEADS_TOML = '[cells.plain]\nhead = "plain"\n[cells.gated]\nhead = "gated"\n'
     (tmp_path/'s.toml').write_text(HEADS_TOML)
     train, broken = ablation.train, {('gated', 1)}
-    def fails(r, *args):
+    def fails(r, *args, **kw):
         if (r.head, r.seed) in broken: raise OSError('the disk is gone')
-        train(r, *args)
+        train(r, *args, **kw)
     monkeypatch.setattr(ablation, 'train', fails)
     words = ['ablate', str(navon), '--study', str(tmp_path/'s.toml'), '--out', str(tmp_path/'study'), '--seeds', '2', '--backbone', 'test_resnet']
     assert main(words) == 1
@@ -240,12 +240,12 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_after_its_last_epoch(tmp_path, monkeypatch):
     data, base, train = make_digits(tmp_path/'digits'), replace(BASE, epochs=4), ablation.train
-    def interrupted(r, source, out):
+    def interrupted(r, source, out, **kw):
         def watch():
             while not (out/'checkpoint'/'state.pt').exists(): time.sleep(.01)
             _thread.interrupt_main()
         threading.Thread(target=watch, daemon=True).start()
-        train(r, source, out)
+        train(r, source, out, **kw)
     monkeypatch.setattr(ablation, 'train', interrupted)
     with pytest.raises(KeyboardInterrupt): run_study(HEADS, data, tmp_path/'a', recipe=base, seeds=1, threads=1)
     assert (tmp_path/'a'/'plain'/'.seed-0'/'checkpoint'/'state.pt').exists() and not (tmp_path/'a'/'plain'/'seed-0').exists()

@@ -142,6 +142,11 @@ def test_grad_cam_finds_what_decides():
     x = torch.zeros(1, 3, 32, 32); x[..., 4:12, 20:28] = 1
     net = Bright()
     with pytest.raises(ValueError, match='name the layer'): grad_cam(net, x)
+    runs = []
+    net.register_forward_hook(lambda *a: runs.append(1))
     cam = grad_cam(net, x, 1, layer=net.conv)[0]
     assert cam[4:12, 20:28].min() > .9 and cam[16:].max() < .1
+    assert torch.equal(grad_cam(net, x, layer=net.conv)[0], cam) and len(runs) == 2  # 1 is what is predicted; one pass each
+    for wrong in 2, -1:
+        with pytest.raises(ValueError, match=f'class {wrong} is out of range: the model has 2 classes'): grad_cam(net, x, wrong, layer=net.conv)
     assert grad_cam(multiscale_model('test_vit', 'mlp', 4, pretrained=False, img_size=96), torch.randn(2, 3, 96, 96)).shape == (2, 96, 96)

@@ -6,8 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from fastai.learner import Learner
 from mstoolkit.evaluate.interpret import (calibration_bins, calibration_error, calibration_null, calibration_warning,
-                                 class_table, confusion_pairs, plot_calibration, plot_confusion, prediction_frame)
+                                 class_table, confusion_pairs, plot_calibration, plot_confusion, prediction_frame, valid_predictions)
+from mstoolkit.recipe import Recipe
+from mstoolkit.train import _sizes, train
 
 
 def made_up(n, classes, seed, right=.7):
@@ -126,3 +129,12 @@ def test_predictions_come_back_from_a_file_as_they_were(tmp_path):
     df.to_csv(tmp_path/'valid_predictions.csv', index=False)
     for source in (tmp_path, tmp_path/'valid_predictions.csv'): pd.testing.assert_frame_equal(prediction_frame(source), df)
     with pytest.raises(FileNotFoundError, match='no predictions'): prediction_frame(tmp_path/'none')
+
+
+def test_the_size_that_is_chosen_is_predicted_once(image_folder, tiny, tmp_path, monkeypatch):
+    passes, get_preds = [], Learner.get_preds
+    monkeypatch.setattr(Learner, 'get_preds', lambda self, **kw: passes.append(1) or get_preds(self, **kw))
+    monkeypatch.setattr('mstoolkit.train._draw', lambda *a: None)
+    learn = train(Recipe(**tiny, test_size=-1, precision='fp32', memory_format='contiguous'), image_folder, tmp_path/'run')
+    assert len(passes) == len(_sizes(32)) > 1
+    pd.testing.assert_frame_equal(prediction_frame(tmp_path/'run'), valid_predictions(learn), check_dtype=False)

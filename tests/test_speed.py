@@ -22,8 +22,6 @@ from mstoolkit.models.arithmetic import layouts
 from mstoolkit.models.fold import fold_batchnorms
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
-from mstoolkit.recipe import Recipe
-from mstoolkit.train import train
 from tiny import quiet, tiny_learner
 
 
@@ -173,8 +171,10 @@ def test_a_processor_without_bf16(learn, monkeypatch, capsys):
     monkeypatch.setattr(speed, 'cpu_has_bf16', lambda: False)
     monkeypatch.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: False)
     assert arithmetic.ways('auto', 'auto', 'cpu') == [PLAIN, LAST]
-    learn.fit(1, cbs=(cb := Arithmetic('bf16', 'contiguous')))
-    assert cb.chosen == BF16 and 'no instructions for it' in capsys.readouterr().out
+    learn.add_cb(cb := Arithmetic('bf16', 'contiguous'))
+    learn.fit(1)
+    learn.get_preds()
+    assert cb.chosen == BF16 and capsys.readouterr().out.count('no instructions for it') == 1
 
 
 def test_lr_find_and_predictions_measure_nothing(learn, stopwatch):
@@ -298,8 +298,8 @@ def test_predictions_of_a_network_made_ready(precision, clf, image_folder, stopw
     def show(step, ways, n, **kw): calls.append(ways); return {w: [.1 if w == chosen else 1.] for w in ways}
     want = predict_probs(clf, files[:24], num_workers=0, device='cpu', precision='exact')[0].repeat(10, 1)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('mstoolkit.classifier.rounds_within', lambda n, k, share: 1)
-        m.setattr('mstoolkit.classifier.time_ways', show)
+        m.setattr('mstoolkit.models.fold.rounds_within', lambda n, k, share: 1)
+        m.setattr('mstoolkit.models.fold.time_ways', show)
         m.setattr('mstoolkit.models.arithmetic.cpu_has_bf16', lambda: True)
         got, good, bad = predict_probs(clf, files, bs=100, num_workers=0, device='cpu', precision=precision)
     assert good == files and not bad and same(weights(clf), before) and conv(clf).is_contiguous() and norms(clf.model) > 0
@@ -376,9 +376,3 @@ def test_other_load_is_told(busy, told, learn, stopwatch, monkeypatch, capsys):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason="glibc's switch")
 def test_keep_freed_memory(): assert keep_freed_memory() is True
-
-
-@pytest.mark.slow
-def test_a_compiled_run_trains_and_its_model_file_loads(image_folder, tiny, tmp_path):
-    learn = train(Recipe(**tiny, compile=True), image_folder, tmp_path/'run')
-    assert len(learn.run_history.rows) == 1 and Classifier.load(tmp_path/'run').header.classes == ['2', '10', 'red apple']

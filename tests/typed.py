@@ -5,7 +5,7 @@ from typing import Any
 from mstoolkit.ablation import Study, load_study
 from mstoolkit.callback.mix import BatchMix
 from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
-from mstoolkit.classifier import Classifier, ModelHeader, read_header
+from mstoolkit.classifier import Classifier, ModelHeader, average_models, read_header
 from mstoolkit.data.check import Findings, check_data
 from mstoolkit.data.core import image_dls
 from mstoolkit.data.sources import DataSource, data_source
@@ -14,7 +14,10 @@ from mstoolkit.losses import SmoothedCrossEntropy
 from mstoolkit.models.fusion import MultiScaleModel, multiscale_model
 from mstoolkit.predict import predict_folder
 from mstoolkit.recipe import Recipe, load_recipe
-from mstoolkit.runs import Run
+from mstoolkit.runs import Run, Several
+from mstoolkit.several.combine import combine
+from mstoolkit.several.folds import train_folds
+from mstoolkit.several.submit import Expected, submit
 from mstoolkit.train import train
 from typing_extensions import assert_type
 
@@ -33,6 +36,7 @@ def models() -> None:
     assert_type(clf.header, ModelHeader)
     assert_type(read_header('model.safetensors').size, int)
     assert_type(clf.save('model.safetensors'), Path)
+    assert_type(average_models(['runs/a', clf], [2, 1]), Classifier)
 
 
 def runs(table: Any) -> None:
@@ -47,6 +51,9 @@ def runs(table: Any) -> None:
     assert_type(Run(Path('runs')/'mine'), Run)
     assert_type(load_study('fusion'), Study)
     assert_type(check_data('data'), Findings)
+    assert_type(train_folds('auto', source, folds=5), Several)
+    assert_type(combine(['runs/a', 'runs/b'], 'data'), Several)
+    assert_type(submit('runs/a', 'data/test'), Expected)
 
 
 def mistakes() -> None: # each is one, or mypy calls its `ignore` unused

@@ -15,7 +15,7 @@ from fastai.callback.core import CancelFitException, CancelValidException, Train
 from fastai.learner import Learner
 from fastcore.basics import GetAttr
 
-from .core import AttachedCallback, is_lasting_fit
+from .core import AttachedCallback, body_is_frozen, is_lasting_fit
 
 # %% ../../nbs/345_callback.budget.ipynb #af725a97
 class _Slice(GetAttr):
@@ -81,9 +81,12 @@ class Budget(AttachedCallback):
         if self.validation is not None:
             return self.validation*(max(1., self.pace/self.pace_then) if self.pace and self.pace_then else 1.)
         if not self.pace: return 0.
-        # a third of a training step, twice where an average is validated too
-        twice = 1 + getattr(getattr(self.learn, 'ema', None), 'raw', False)
-        return twice*.4*self.pace*self.pixels*len(self.dls.valid)
+        # a third of a training step
+        return self._validated*.4*self.pace*self.pixels*len(self.dls.valid)
+
+    @property
+    def _validated(self) -> int: # 2 where an average is validated too
+        return 1 + getattr(getattr(self.learn, 'ema', None), 'raw', False)
 
     def _reserve(self) -> float: return self.seconds_after + (1 + self.passes_after)*self._validation_seconds()
 
@@ -101,9 +104,9 @@ class Budget(AttachedCallback):
         "Find this fit's part of the time."
         self.run = is_lasting_fit(self.learn)
         if not self.run: return
-        first = self.frozen and self.opt.frozen_idx > 0
+        first = self.frozen and body_is_frozen(self.learn)
         self.lo, self.hi = (0., self.frozen) if first else (self.thawed, 1.)
-        if first: self.thawed = self.frozen
+        self.first = bool(first)
         self.ended, self.most_progress = False, 0.
         self.pace = self.pace_then = None  # a frozen phase has another pace, which says nothing of the machine
 
@@ -113,7 +116,12 @@ class Budget(AttachedCallback):
         if checkpoint is not None and checkpoint.saved is not None:
             saved = checkpoint.saved
             if checkpoint.n_fits < saved['fit'] or saved['ended']: raise CancelFitException
-        elif self.ended: raise CancelFitException
+        elif self.ended or self._too_late(): raise CancelFitException
+
+    def _too_late(self) -> bool:
+        "Whether what a frozen phase has left does not pay for a validation of anything else."
+        if self.train_from is None or self.first or self.epoch: return False
+        return self._fit_left() < self._validation_seconds()
 
     def before_train(self):
         "Begin a slice."
@@ -160,16 +168,22 @@ class Budget(AttachedCallback):
         self.validate_from = perf_counter()
 
     def before_validate(self):
-        "Pass by the frozen phase's where it would cost too much: nobody will want that model."
-        self.validating = self.hi == 1 or self._validation_seconds() < .02*self.seconds
+        "Pass by the frozen phase's where it would cost too much: nobody will want that model, unless it was probed."
+        wanted = self.hi == 1 or hasattr(self.learn, 'probe_head')
+        self.validating = wanted or self._validation_seconds() < .02*self.seconds
         if not self.validating: raise CancelValidException
 
     def after_validate(self):
         "Measure what it takes."
-        if self.validating: self.validation, self.pace_then = perf_counter() - self.validate_from, self.pace
+        if not self.validating: return
+        ema = getattr(self.learn, 'ema', None)
+        once = ema is not None and not ema.step # an average of no step is not validated
+        took = perf_counter() - self.validate_from
+        self.validation, self.pace_then = took*(self._validated if once else 1), self.pace
 
     def after_fit(self):
-        "Let the loader go."
+        "Let the loader go; what a frozen phase has not used is the next one's."
+        if self.first: self.thawed = min(self.frozen, self._share())
         self._close()
 
     def detach(self,
@@ -187,6 +201,7 @@ class Budget(AttachedCallback):
         self.stream = None
 
     iter_seconds = pixels = 0. # of the last batch
+    first = False # whether the fit at hand is a frozen phase
 
     def state_dict(self) -> dict: # plain values
         "What is used and what was measured, to go on with the rest after a stop."

@@ -65,6 +65,8 @@ class Distill(Callback):
         self.columns = torch.tensor([h.classes.index(o) for o in own], device=dev)
         mean, std, t_mean, t_std = (torch.tensor(o, dtype=torch.float32, device=dev).view(-1, 1, 1)
                                     for o in (*(self.stats or _stats(self.dls)), h.mean, h.std))
+        if len(h.inputs) > 1:
+            raise ValueError("the teacher's networks take images of several sizes or normalisations: give one whose networks share them")
         self.scale, self.shift = std/t_std, (mean - t_mean)/t_std
         self.same_stats = bool((mean == t_mean).all() and (std == t_std).all())
         self.teacher.model.to(dev)

@@ -18,6 +18,8 @@ from fastai.learner import AvgMetric, Learner, Metric
 from fastai.torch_core import find_bs, rank_distrib
 from torch import Tensor
 
+from .core import body_is_frozen
+
 # %% ../../nbs/320_callback.mix.ipynb #76b45e1a
 def cutmix_box(
     h: int, # height of the images, pixels
@@ -156,9 +158,10 @@ class BatchMix(Callback):
     def before_train(self):
         "Forget the last epoch; be off in the last `off_epochs`."
         # the frozen phase of a `fine_tune` comes first, so it has no last epochs
-        last = not self.opt.frozen_idx and self.epoch >= self.n_epoch - self.off_epochs
+        frozen = body_is_frozen(self.learn)
+        last = not frozen and self.epoch >= self.n_epoch - self.off_epochs
         self.active, self.mixed_epoch, self.lam, self.yb_b = not last, False, 1., None
-        self.off_from = 1 - self.off_share if self.off_share and not self.opt.frozen_idx else 2.
+        self.off_from = 1 - self.off_share if self.off_share and not frozen else 2.
 
     def before_batch(self):
         "Mix the batch."

@@ -20,7 +20,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastcore.basics import GetAttr
 from fastcore.imports import in_notebook, noop
-from .core import AttachedCallback, is_training_fit, table_columns
+from .core import AttachedCallback, body_is_frozen, is_training_fit, table_columns
 from .mix import TrainAccuracy
 from ..core import write_text
 from rich.console import Console
@@ -43,8 +43,8 @@ class _TimedBatches(GetAttr):
 
 # %% ../../nbs/370_callback.progress.ipynb #b185e5eb
 def _phase(learn, rows):
-    "'frozen' while some group is frozen, 'unfrozen' after that, 'fit' when nothing ever was."
-    if learn.opt.frozen_idx > 0: return 'frozen'
+    "'frozen' while nothing but the head learns, 'unfrozen' after that, 'fit' when nothing ever was."
+    if body_is_frozen(learn): return 'frozen'
     return 'unfrozen' if any(o['phase'] == 'frozen' for o in rows) else 'fit'
 
 def _recorded(learn):
@@ -77,6 +77,7 @@ class RunHistory(Callback):
     def before_train(self):
         "Begin to measure."
         self.accuracy.reset()
+        self.lrs = [float(h['lr']) for h in self.opt.hypers]
         self.learn.dl = self.timed = _TimedBatches(self.dl)  # for this pass only: fastai sets `dl` anew before each
         self.train_start = perf_counter()
 

@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from .core import is_lasting_fit, is_training_fit
+from .core import body_is_frozen, is_lasting_fit, is_training_fit
 from ..data.core import input_size, set_size
 
 # %% ../../nbs/340_callback.schedule.ipynb #32080527
@@ -118,7 +118,8 @@ class GrowingSize(Callback):
     def before_train(self):
         "Give the training images their size for this epoch."
         budget = getattr(self.learn, 'budget', None)
-        size = self.start if self.opt.frozen_idx > 0 else self.size(budget.progress() if budget else self.epoch/self.n_epoch)
+        done = budget.progress() if budget else self.epoch/self.n_epoch
+        size = self.start if body_is_frozen(self.learn) else self.size(done)
         if size == input_size(self.dls): return
         if budget: budget.restart()
         set_size(self.dls.train, size)

@@ -8,17 +8,22 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.speed.html.md"""
 __all__ = ['Arithmetic', 'FrozenBody', 'KeepWorkers']
 
 # %% ../../nbs/380_callback.speed.ipynb #32c2a604
+from math import inf
+from statistics import median
+
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from .core import is_training_fit
 from ..core import choice, others_at_work
 from ..data.workers import close_idle_workers
-from ..models.arithmetic import (autocast, cpu_has_bf16, fastest, few_images, layouts, precisions, time_ways,
-                                         told, training_step, trial, ways)
+from ..models.arithmetic import (autocast, cannot_compile, compile_told, compiled_call, cpu_has_bf16, fastest,
+                                         few_images, layouts, once_compiled, precisions, rounds_within, time_ways,
+                                         told, training_step, trial, try_compiled, ways, whole_step)
 from ..models.fusion import MultiScaleModel
 
 # %% ../../nbs/380_callback.speed.ipynb #3ae2a76a
@@ -28,14 +33,23 @@ class Arithmetic(MixedPrecision):
     def __init__(self,
         precision: str = 'auto', # 'auto', 'fp32', 'bf16' or 'fp16'
         memory_format: str = 'auto', # 'auto', 'contiguous' or 'channels-last'
+        compile: str = 'auto', # torch.compile: 'on', 'off', or 'auto', which tries it where `precision` is 'auto' too
         *,
         min_gain: float = .05, # leave the plainer way only for a gain above the noise
-        share: float = .02 # of a fit's steps that measuring may cost
+        share: float = .02, # of a fit's steps that measuring may cost, and of its time that compiling may
+        compile_seconds: float = 90. # that compiling may take, before it is known
     ):
         choice(precision, ('auto', *precisions), 'precision')
         choice(memory_format, ('auto', *layouts), 'memory_format')
+        choice(compile, ('auto', 'on', 'off'), 'compile')
         self.asked, self.min_gain, self.share, self.kwargs = (precision, memory_format), min_gain, share, {}
-        self.chosen, self.took, self.autocast = None, {}, None
+        self.chosen, self.took, self.autocast, self.batch_seconds, self.warned = None, {}, None, 0., False
+        # a precision that is named is a promise of numbers that repeat; None is not decided yet
+        self.auto, self.compile_seconds, self.tried = compile == 'auto', compile_seconds, {}
+        self.compiled = dict(on=True, off=False).get(compile, None if precision == 'auto' else False)
+        self.call = self.of = None  # what was compiled, of which network
+
+    def __getstate__(self): return self.__dict__ | {'call': None, 'of': None}
 
     @property
     def way(self) -> tuple[str, str]: # (precision, layout)
@@ -50,7 +64,8 @@ class Arithmetic(MixedPrecision):
         self.device = next(self.model.parameters()).device
         self.open = ways(*self.asked, self.device)
         if len(self.open) == 1: self.chosen = self.open[0]
-        if self.asked[0] == 'bf16' and self.device.type == 'cpu' and not cpu_has_bf16():
+        if self.asked[0] == 'bf16' and self.device.type == 'cpu' and not cpu_has_bf16() and not self.warned:
+            self.warned = True
             print("precision bf16: this processor has no instructions for it, and will be slower than in fp32", flush=True)
         self.close()
         self._apply()
@@ -64,38 +79,77 @@ class Arithmetic(MixedPrecision):
         self.learn.scaler, self.scales = GradScaler(self.device.type, enabled=scaled), L()
 
     def before_batch(self):
-        "On the first batch of a fit, measure; then compute under autocast."
-        first = self.training and self.epoch == self.iter == 0
-        # the processes of a distributed run could choose differently
-        if first and not self.chosen and is_training_fit(self.learn) and not num_distrib(): self._choose()
+        "On the first batch of a fit, measure; then compute under autocast, and what was compiled."
+        if self.training and is_training_fit(self.learn): self._decide()
         self.autocast = autocast(self.way[0], self.device)
         self.autocast.__enter__()
+        # for this batch alone: validation, copies and whoever predicts have the network as it was written
+        if self.training and self.call: self.of._compiled_call_impl = self.call
 
-    def _choose(self):
+    def _decide(self):
+        "Measure what is not decided; compile what is, at once where a run is resumed."
+        # the processes of a distributed run could choose differently
+        first = self.epoch == self.iter == 0 and not num_distrib()
+        way = self._choose() if first and not self.chosen else ''
+        code = self._choose_compiled() if first and self.compiled is None else ''
+        if self.compiled and self.of is not self.model: code = self._compile()
+        if not way and not code: return
+        print(f"arithmetic: {'; '.join(filter(None, [way or ' '.join(self.way), code]))}", flush=True)
+        if hasattr(self.learn, 'budget'): self.learn.budget.timed = None  # such a batch says nothing of the pace
+
+    def _choose(self) -> str: # what was found, in words
         "Let the stopwatch choose, if the fit is long enough to pay for it."
         budget = getattr(self.learn, 'budget', None)
         # two or four images, all that 2 % of some minutes allow, have shown the wrong way to be fastest, at more than 3 % of the time
         share = max(self.share, .05) if budget and budget.seconds < 300 else self.share
         x, rounds = trial(self.x, self._batches_to_come(), len(self.open), share)
-        if not rounds: return
+        if not rounds: return ''
         busy = others_at_work() if self.device.type == 'cpu' else 0
         self.took = time_ways(training_step(self.model, x, self.open), self.open, rounds)
         self.chosen = fastest(self.took, min_gain=self.min_gain)
+        self.batch_seconds = median(self.took[self.way])*len(self.x)/len(x)
         note = f'; other programs keep {busy:.0f} threads at work on this machine' if busy >= 1 else ''
-        print(f'arithmetic: {told(self.chosen, self.took, f"a step of {len(x)} images")}{note}', flush=True)
         self._apply()
+        return told(self.way, self.took, f'a step of {len(x)} images') + note
+
+    def _choose_compiled(self) -> str: # what was found, in words
+        "Try torch.compile, if so much of the same is to come that compiling is a small share of it."
+        # a frozen phase is short, and another network to a compiler; so are images that grow
+        if not self.chosen or self.opt.frozen_idx > 0 or hasattr(self.learn, 'growing_size'): return ''
+        n, left = self.n_iter*self.n_epoch, self.learn.budget.left if hasattr(self.learn, 'budget') else inf
+        if not rounds_within(n, 2, self.share) or left*self.share < self.compile_seconds: return ''
+        each = self.batch_seconds or self._batch_seconds()
+        left = min(left, n*each)
+        rounds = rounds_within(int(left/each), 2, self.share - self.compile_seconds/left)
+        return self._compile(rounds) if rounds else ''
+
+    def _compile(self, rounds: int = 0) -> str: # what came out, in words
+        "Compile a training step of the network as it is now, and, where it is on trial, time it."
+        self.of, self.call = self.model, None
+        if why := cannot_compile(self.device): self.compiled, tried = False, {'error': why}
+        else:
+            call = compiled_call(self.model, dynamic=False if self.auto else None)
+            step = whole_step(self.model, self.x.detach().as_subclass(Tensor), self.way[0], call)
+            self.compiled, tried = try_compiled(step, rounds, min_gain=self.min_gain)
+            if self.compiled: self.call = once_compiled(call) if self.auto else call
+        self.tried = self.tried or tried  # a resumed run keeps what was measured at first
+        return compile_told(self.compiled, tried, f'a batch of {len(self.x)}')
 
     def _batches_to_come(self) -> int:
         "Batches of this fit, as the plainest way would do them in the time that a budget leaves."
         n, budget = self.n_iter*self.n_epoch, getattr(self.learn, 'budget', None)
-        if budget is None or len(self.open) == 1: return n
-        x, way = few_images(self.x, 2), self.open[:1]
-        (seconds,) = time_ways(training_step(self.model, x, way), way, 1)[way[0]]
-        return min(n, int(budget.left*len(x)/len(self.x)/seconds))
+        return n if budget is None or len(self.open) == 1 else min(n, int(budget.left/self._batch_seconds()))
+
+    def _batch_seconds(self) -> float:
+        "About how long a batch takes, by two of its images."
+        x, way = few_images(self.x, 2), [self.way]
+        (seconds,) = time_ways(training_step(self.model, x, way), way, 1)[self.way]
+        return seconds*len(self.x)/len(x)
 
     def close(self):
-        "Leave autocast, also where a batch was broken off within it."
+        "Leave autocast and what was compiled, also where a batch was broken off within it."
         if self.autocast: self.autocast.__exit__(None, None, None)
+        if self.of is not None: self.of._compiled_call_impl = None
         self.autocast = None
 
     def after_loss(self):
@@ -108,7 +162,8 @@ class Arithmetic(MixedPrecision):
 
     def state_dict(self) -> dict: # plain values
         "What was measured and chosen, for an exact resume: another choice would round differently."
-        return {'chosen': self.chosen, 'took': [[*w, s] for w, s in self.took.items()]}
+        return {'chosen': self.chosen, 'took': [[*w, s] for w, s in self.took.items()],
+                'compiled': self.compiled, 'tried': self.tried}
 
     def load_state_dict(self,
         state: dict # from `state_dict`
@@ -116,6 +171,8 @@ class Arithmetic(MixedPrecision):
         "Keep to the choice of `state`."
         self.chosen = state['chosen'] and tuple(state['chosen'])
         self.took = {(p, layout): s for p, layout, s in state['took']}
+        # earlier versions had none
+        self.compiled, self.tried = state.get('compiled', self.compiled), state.get('tried', {})
         if not self.chosen: return
         was = self.learn.scaler
         self._apply()
@@ -123,12 +180,18 @@ class Arithmetic(MixedPrecision):
 
 # %% ../../nbs/380_callback.speed.ipynb #29a23d43
 class FrozenBody(Callback):
-    "While no weight of the body learns, run it as in evaluation: its norms keep their statistics, nothing in it is dropped."
+    "Run what does not learn of the body as in evaluation: its norms keep their statistics, nothing in it is dropped."
     order, run_valid = TrainEvalCallback.order+1, False  # which puts all of the model into training mode
     def before_train(self):
         "Look at the body."
-        body = self.model[0] if isinstance(self.model, MultiScaleModel) else None
-        if body is not None and not any(p.requires_grad for p in body.parameters()): body.eval()
+        if isinstance(self.model, MultiScaleModel): _rest(self.model[0])
+
+def _rest(m: nn.Module):
+    "Put what has weights and learns none of them into evaluation mode."
+    learns = [p.requires_grad for p in m.parameters()]
+    if learns and not any(learns): m.eval()
+    elif not all(learns):
+        for child in m.children(): _rest(child)
 
 # %% ../../nbs/380_callback.speed.ipynb #d223d689
 class KeepWorkers(Callback):

@@ -6,7 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.augment.html.md"""
 
 # %% auto #0
 __all__ = ['augment_recipes', 'shrink', 'FlipRotate', 'RandomErasing', 'Jitter', 'none_tfms', 'light_tfms', 'affine_tfms',
-           'upright_tfms', 'shift_tfms', 'strong_tfms', 'augment_tfms', 'split_colour', 'apply_tfms', 'mirrors']
+           'upright_tfms', 'shift_tfms', 'photo_tfms', 'strong_tfms', 'augment_tfms', 'split_colour', 'apply_tfms',
+           'mirrors']
 
 # %% ../../nbs/120_data.augment.ipynb #fbf4a292
 import hashlib
@@ -251,6 +252,12 @@ def _trivial() -> A.OneOf:
         _one(A.Posterize, num_bits=(2, 8)), _one(A.Solarize, threshold_range=(0, 1))], p=1)
 
 # %% ../../nbs/120_data.augment.ipynb #a16de6aa
+def photo_tfms(
+    size: int|tuple # side in pixels, or (height, width)
+) -> A.Compose: # the pipeline
+    "Crops of 50–100 %, left-right flip, colour jitter: what photographs bear in a training of a few passes."
+    return A.Compose([_crop(size, (.5, 1.)), A.HorizontalFlip(), _jitter()])
+
 def strong_tfms(
     size: int|tuple # side in pixels, or (height, width)
 ) -> A.Compose: # the pipeline
@@ -258,7 +265,7 @@ def strong_tfms(
     return A.Compose([_crop(size, (.35, 1.)), A.HorizontalFlip(), _trivial(), RandomErasing(p=.25, scale=(.02, .33))])
 
 # %% ../../nbs/120_data.augment.ipynb #88fb5f4f
-augment_recipes = dict(none=none_tfms, light=light_tfms, affine=affine_tfms, strong=strong_tfms,
+augment_recipes = dict(none=none_tfms, light=light_tfms, affine=affine_tfms, photo=photo_tfms, strong=strong_tfms,
                        upright=upright_tfms, shift=shift_tfms)
 
 def augment_tfms(

@@ -14,8 +14,7 @@ import os
 import pickle
 import random
 import sys
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import is_
 from pathlib import Path
@@ -460,32 +459,30 @@ def trained_with(
 # %% ../../nbs/170_data.core.ipynb #41dd11ff
 class _Files(torch.utils.data.Dataset):
     "Image files as uint8 tensors, one for each size, or the reason why not."
-    def __init__(self, files, sizes):
-        self.files, self.side, self.pipes = files, max(sizes), [augment_tfms('none', s) for s in sizes]
+    def __init__(self, files, sizes): self.files, self.pipes = files, {s: augment_tfms('none', s) for s in sizes}
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         f = self.files[i]
-        try: im = read_image(f, self.side)
+        try: return f, [_to_tensor(apply_tfms(pipe, read_image(f, s))) for s, pipe in self.pipes.items()]
         except ImageError as e: return f, str(e)
-        return f, [_to_tensor(apply_tfms(pipe, im)) for pipe in self.pipes]
 
-def _split_bad(items: list, alone: bool) -> tuple[torch.Tensor|list[torch.Tensor], list[Path], dict]:
-    "Stack what could be read, size by size or of the one size there is; keep the reasons of the rest."
-    good = [(f, x) for f, x in items if not isinstance(x, str)]
-    xs = [torch.stack(x) for x in zip(*(x for _, x in good))] or [torch.empty(0)]
-    return xs[0] if alone else xs, [f for f, _ in good], {f: why for f, why in items if isinstance(why, str)}
+def _split_bad(items: list) -> tuple[torch.Tensor|tuple, list[Path], dict]:
+    "Stack what could be read, keep the reasons of the rest."
+    good = [(f, xs) for f, xs in items if not isinstance(xs, str)]
+    x = tuple(map(torch.stack, zip(*(xs for _, xs in good)))) or (torch.empty(0),)
+    return x[0] if len(x) == 1 else x, [f for f, _ in good], {f: why for f, why in items if isinstance(why, str)}
 
 # %% ../../nbs/170_data.core.ipynb #99ecf72b
 def image_loader(
     files: list[Path], # images, in the order they come back
-    size: int|tuple[int, ...], # side of the square images, in pixels, or several, for which each is decoded once
+    size: int|Sequence[int], # side of the square images, in pixels; of several, batches come in each, as a tuple
     *,
     bs: int = 64, # images in a batch
     num_workers: int|None = None # loader processes; `default_workers` when not given
 ) -> torch.utils.data.DataLoader: # of uint8 images (B, 3, size, size), listed if several sizes; files; unreadable → reason
     "A loader of image files for prediction."
     workers = default_workers(len(files)) if num_workers is None else num_workers
-    sizes = (size,) if isinstance(size, int) else size
-    return torch.utils.data.DataLoader(_Files(files, sizes), bs, num_workers=workers, worker_init_fn=worker_init(),
-                                       collate_fn=partial(_split_bad, alone=isinstance(size, int)),
-                                       multiprocessing_context=start_method if workers else None)
+    sizes = [size] if isinstance(size, int) else size
+    return torch.utils.data.DataLoader(_Files(files, sizes), bs, num_workers=workers, collate_fn=_split_bad,
+                                       multiprocessing_context=start_method if workers else None,
+                                       worker_init_fn=worker_init())

@@ -134,7 +134,8 @@ class DataSource(PlainData):
                               above=0, hi=.9)
     csv:str|Path|Table = _option('', str, "table instead of folders: columns path, label, perhaps split")
     group:str = _option('', str, "column of the table: images of one group stay on one side of the split")
-    folds:int = _option(0, int, "cross-validation: so many folds of the training images, of which one is held out",
+    folds:int = _option(0, int, "cross-validation: so many folds of the training images, of which one is held out; "
+                        "mstoolkit train takes them all in turn where no fold is named",
                         lo=0)
     fold:int = _option(0, int, "which fold is held out, from 0", lo=0)
     classes:str|tuple = _option('', list, "file that lists the class names in the order of the outputs")

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..core import choice
 from .interpret import palette
+from ..models.ensemble import Ensemble
 from ..models.fusion import (FusionHead, GatedHead, MultiScaleModel, PlainHead, PyramidHead, pool_like,
                                      pool_weights)
 
@@ -63,18 +64,19 @@ def _linear_head(net: nn.Module) -> nn.Module:
     return head
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #17b3e4ce
-def _class_index(c, classes: list|None, n_out: int) -> int:
-    "The index of a class given by name or index."
+def _class_index(c, classes: list|None, n_out: int|None) -> int:
+    "The index of a class given by name or index; without `n_out` whoever uses it looks whether there is such a one."
     if isinstance(c, str):
         if classes is None:
             raise ValueError(f"a bare network has no names of classes such as {c!r}: "
                              "give a learner, a Classifier or an index")
         names = [str(o) for o in classes]
         return names.index(choice(c, names, 'class'))
-    if not 0 <= int(c) < n_out: raise ValueError(f"class {int(c)} is out of range: the model has {n_out} classes")
+    if n_out is not None and not 0 <= int(c) < n_out:
+        raise ValueError(f"class {int(c)} is out of range: the model has {n_out} classes")
     return int(c)
 
-def _class_indices(target, classes: list|None, n_out: int, bs: int) -> torch.Tensor: # (bs,)
+def _class_indices(target, classes: list|None, n_out: int|None, bs: int) -> torch.Tensor: # (bs,)
     "One class index for each image, from one class or one for each."
     many = not isinstance(target, str) and np.ndim(target) > 0
     idx = [_class_index(o, classes, n_out) for o in (target if many else [target])]
@@ -91,7 +93,7 @@ class ScaleAttribution:
     logit: torch.Tensor # (B,), as the model itself computes it
     target: torch.Tensor # (B,), class indices
     strides: list # of each scale: input pixels from one position to the next
-    gates: torch.Tensor|None = None # (B, scales), with a gated head
+    gates: torch.Tensor|None = None # (B, scales), of one network with a gated head
 
     @property
     def totals(self) -> torch.Tensor: # (B, scales)
@@ -108,17 +110,18 @@ class ScaleAttribution:
 @torch.no_grad()
 def scale_attribution(
     model: Any, # a learner, a `Classifier`, or a network from `multiscale_model`
-    x: torch.Tensor, # normalised images (B, C, H, W)
+    x: Any, # normalised images (B, C, H, W); in each form that several networks take
     target: str|int|Sequence|None = None, # class, by name or index, or one for each image; the predicted one by default
     *,
     compare: tuple|None = None # two classes: attribute logit_1 − logit_2; `None` as second: the mean of all others
-) -> ScaleAttribution: # of the model in evaluation mode
+) -> ScaleAttribution: # of the model in evaluation mode; of several networks, of the mean of their logits
     "Take a logit apart into a map for each scale. The maps and the bias sum to it."
     net, classes = _parts(model)
-    head, fc = _linear_head(net), net[1].classifier[-1]
     if compare is not None:
         if target is not None or len(compare) != 2: raise ValueError("give either a target or two classes to compare")
         target = compare[0]
+    if isinstance(net, Ensemble): return _mean_attribution(net, classes, x, target, compare)
+    head, fc = _linear_head(net), net[1].classifier[-1]
     mode = [(m, m.training) for m in net.modules()]
     try:
         net.eval()
@@ -149,6 +152,40 @@ def _contributions(x: torch.Tensor, v: torch.Tensor, like: torch.Tensor) -> torc
     (h, w), (H, W) = x.shape[-2:], like.shape[-2:]
     a, b = pool_weights(h, H, x.device, x.dtype), pool_weights(w, W, x.device, x.dtype)
     return torch.einsum('bchw,bc->bhw', x, v)*a[:, None]*b
+
+# %% ../../nbs/530_evaluate.attribution.ipynb #8219cd5a
+def _overlap(n: int, finer: int, like: torch.Tensor) -> torch.Tensor: # (finer, n), columns sum to 1
+    "How the `n` parts of a line are shared out over `finer` ones."
+    a, b = (torch.arange(o+1, dtype=torch.float64)/o for o in (n, finer))
+    common = torch.minimum(a[1:], b[1:, None]) - torch.maximum(a[:-1], b[:-1, None])
+    return (common.clamp_min(0)*n).to(like)
+
+def _added(maps: list) -> torch.Tensor: # (B, h, w), of the finest
+    "The sum of maps of what positions add."
+    h, w = (max(m.shape[i] for m in maps) for i in (1, 2))
+    spread = lambda m: torch.einsum('bij,hi,wj->bhw', m, _overlap(m.shape[1], h, m), _overlap(m.shape[2], w, m))
+    return torch.stack([m if m.shape[1:] == (h, w) else spread(m) for m in maps]).sum(0)
+
+def _predicted(net: nn.Module, x) -> list[int]:
+    "The classes that a network answers with in evaluation mode."
+    mode = [(m, m.training) for m in net.modules()]
+    try: return net.eval()(x).argmax(1).tolist()
+    finally:
+        for m, training in mode: m.training = training
+
+def _mean_attribution(net: Ensemble, classes: list|None, x, target, compare: tuple|None) -> ScaleAttribution:
+    "The mean of the members' logits, taken apart."
+    xs, n_out = net.inputs(x), _linear_head(net.members[0]) and net.members[0][1].classifier[-1].out_features
+    number = lambda c: _class_indices(c, classes, n_out, len(xs[0])).tolist()
+    asked = dict(target=_predicted(net, x) if target is None else number(target))
+    if compare is not None:
+        asked = dict(compare=(number(target), compare[1] if compare[1] is None else number(compare[1])))
+    parts = [scale_attribution(m, o, **asked) for m, o in zip(net.members, xs)]
+    mean = lambda vs: torch.stack([w*v for w, v in zip(net.weights, vs)]).sum(0)
+    strides = sorted({s for a in parts for s in a.strides})
+    of = lambda s: [w*m for w, a in zip(net.weights, parts) for m, t in zip(a.maps, a.strides) if t == s]
+    bias, logit = mean([a.bias for a in parts]), mean([a.logit for a in parts])
+    return ScaleAttribution([_added(of(s)) for s in strides], bias, logit, parts[0].target, strides)
 
 # %% ../../nbs/530_evaluate.attribution.ipynb #0fff9e40
 def _rgb(im) -> np.ndarray: # H×W×3 in 0…1
@@ -252,6 +289,13 @@ class _Tapped(nn.Module):
         xs[self.stage] = self.tap(xs[self.stage])
         return self.net[1](xs)
 
+@dataclass(frozen=True)
+class _Logit:
+    "What the package asks for as a target; it is told of an output in the one forward pass there is."
+    category: int
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor: # (…, classes) → (…)
+        return logits[..., _class_index(self.category, None, logits.shape[-1])]
+
 # %% ../../nbs/530_evaluate.attribution.ipynb #4388183e
 def grad_cam(
     model: Any, # a learner, a `Classifier` or any network that returns logits
@@ -276,7 +320,6 @@ def grad_cam(
     x = x.to(next(net.parameters()).device)
     try:
         with getattr(cams, method)(net.eval(), [net.tap if multi else layer]) as cam:
-            with torch.no_grad(): logits = net(x)
-            y = logits.argmax(1) if target is None else _class_indices(target, classes, logits.shape[1], len(x))
-            return torch.from_numpy(cam(x, [cams.utils.model_targets.ClassifierOutputTarget(int(o)) for o in y]))
+            y = None if target is None else _class_indices(target, classes, None, len(x)).tolist()
+            return torch.from_numpy(cam(x, y and [_Logit(o) for o in y]))
     finally: net.train(training)

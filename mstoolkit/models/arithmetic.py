@@ -6,15 +6,21 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.arithmetic.html.md"""
 
 # %% auto #0
 __all__ = ['layouts', 'precisions', 'cpu_has_bf16', 'fast_precisions', 'check_precision', 'ways', 'autocast', 'rounds_within',
-           'time_ways', 'fastest', 'told', 'few_images', 'trial', 'training_step', 'prediction_step', 'run_in']
+           'time_ways', 'fastest', 'told', 'few_images', 'trial', 'training_step', 'prediction_step', 'run_in',
+           'cannot_compile', 'compiled_call', 'once_compiled', 'try_compiled', 'compile_told', 'untouched',
+           'whole_step', 'compiled_to_predict']
 
 # %% ../../nbs/250_models.arithmetic.ipynb #b063bc42
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from importlib.util import find_spec
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,7 +96,7 @@ def rounds_within(
 
 def time_ways(
     step: Callable, # computes a step in the way it is given
-    ways: list[tuple[str, str]], # from `ways`
+    ways: list, # from `ways`, or what else `step` has names for
     rounds: int, # from `rounds_within`
     *,
     give_up: float = 3. # a way whose first step takes so many times as long as the plainest way's is not tried again
@@ -110,7 +116,7 @@ def fastest(
     took: dict, # from `time_ways`
     *,
     min_gain: float = .05 # a less plain way has to be faster by more than this share, which could be noise
-) -> tuple[str, str]: # way
+) -> Any: # way
     "The fastest way, by the median of the rounds' ratios; the plainer one where the gain is small."
     best, *others = took
     for w in others:
@@ -154,13 +160,16 @@ def _wait(device: torch.device):
     if device.type == 'cuda': torch.cuda.synchronize(device)
 
 def training_step(
-    model: nn.Module, # run as copies, one for each layout, that train all of their weights
+    model: nn.Module, # run as copies, one for each layout; all of their weights train, where only the last part's would
     x: torch.Tensor, # (B, C, H, W) images
     ways: list[tuple[str, str]] # from `ways`
 ) -> Callable: # way → None
     "A training step to time."
     used = {layout for _, layout in ways}
-    copies = {n: deepcopy(model).train().requires_grad_().to(memory_format=layouts[n]) for n in used}
+    copies = {n: deepcopy(model).train().to(memory_format=layouts[n]) for n in used}
+    body = next(model.children(), model)
+    if not any(p.requires_grad for p in body.parameters()): # a frozen phase, which the longer one follows
+        for o in copies.values(): o.requires_grad_()
     xs = {n: x.contiguous(memory_format=layouts[n]) for n in used}
     def step(way):
         precision, layout = way
@@ -182,12 +191,127 @@ def prediction_step(
         _wait(x.device)
     return step
 
+def _at_once(x: torch.Tensor) -> int: return max(8, 4*torch.get_num_threads()) if x.device.type == 'cpu' else len(x)
+
 def run_in(
     way: tuple[str, str], # (precision, layout)
-    model: nn.Module, # in that layout, and in evaluation mode
+    model: Callable, # a network in that layout and in evaluation mode, or what was compiled of it
     x: torch.Tensor # (B, C, H, W) images
 ) -> torch.Tensor: # what `model` says, in float32
     "Predict in a way; on a CPU a few images at a time, whose maps stay in its caches."
-    n = max(8, 4*torch.get_num_threads()) if x.device.type == 'cpu' else len(x)
     with torch.inference_mode(), autocast(way[0], x.device):
-        return torch.cat([model(o.contiguous(memory_format=layouts[way[1]])).float() for o in x.split(n)])
+        return torch.cat([model(o.contiguous(memory_format=layouts[way[1]])).float() for o in x.split(_at_once(x))])
+
+# %% ../../nbs/250_models.arithmetic.ipynb #1a5ef477
+def cannot_compile(
+    device: torch.device|str # where the network is
+) -> str: # '' where `torch.compile` may be tried
+    "What is missing for `torch.compile`, in words."
+    kind = torch.device(device).type
+    if kind not in ('cpu', 'cuda'): return f'not on {kind}'
+    if kind == 'cuda' and not find_spec('triton'): return 'triton is not installed'
+    usual = {'win32': 'cl', 'darwin': 'clang++'}.get(sys.platform, 'g++')
+    words = (os.environ.get('CXX') or usual).split()
+    if kind == 'cpu' and not shutil.which(words[0]): return f'there is no C++ compiler {words[0]}'
+    try: torch.compile(abs)  # which compiles nothing yet, and refuses a Python that it does not know
+    except RuntimeError as e: return _first_line(e)
+    return ''
+
+def _first_line(e: Exception) -> str:
+    e = getattr(e, 'inner_exception', e)  # torch's compilers wrap what went wrong
+    return f"{type(e).__name__}: {(str(e).strip() or 'no word').splitlines()[0][:150]}"
+
+def compiled_call(
+    model: nn.Module, # stays as it is: its names, its copies, its files and predictions know nothing of it
+    **options: Any # of `torch.compile`
+) -> Callable: # what may stand in the place of `model`'s own call
+    "What `torch.compile` makes of calling a network, at the first call."
+    model.compile(**options)
+    call, model._compiled_call_impl = model._compiled_call_impl, None
+    return call
+
+def once_compiled(
+    f: Callable # from `torch.compile`, after its first call
+) -> Callable: # never compiles
+    "What was compiled, for all that it fits; anything else, images of another size say, runs as it was written."
+    def run(*args, **kw):
+        with torch.compiler.set_stance('eager_on_recompile'): return f(*args, **kw)
+    return run
+
+def try_compiled(
+    step: Callable, # computes a step, 'plain' or 'compiled'; the first one compiles
+    rounds: int, # to measure; 0 compiles only
+    *,
+    min_gain: float = .05 # as for `fastest`
+) -> tuple[bool, dict]: # whether it is worth keeping; seconds of compiling and of each step, or the error
+    "Compile, and time what came out beside the network as it is, in turn."
+    start = perf_counter()
+    try:
+        step('compiled')
+        tried: dict = {'compiling': perf_counter() - start}
+        if not rounds: return True, tried
+        took = time_ways(step, ['plain', 'compiled'], rounds)
+    except Exception as e: return False, {'error': _first_line(e)}  # of whichever compiler: the run goes on without
+    return fastest(took, min_gain=min_gain) == 'compiled', tried | {k: median(s) for k, s in took.items()}
+
+def compile_told(
+    kept: bool, # from `try_compiled`, as the next
+    tried: dict,
+    what: str = 'a step' # what was timed
+) -> str: # a part of a line
+    "What was tried and chosen, in words."
+    if 'error' in tried: return f"not compiled: {tried['error']}"
+    each = ', '.join(f'{k} {s:.3g} s' for k, s in tried.items() if k != 'compiling')
+    how = 'compiled in' if kept else 'not compiled, tried in'
+    return f"{how} {tried['compiling']:.0f} s{f' ({what}: {each})' if each else ''}"
+
+# %% ../../nbs/250_models.arithmetic.ipynb #c7245b0b
+@contextmanager
+def untouched(
+    model: nn.Module # of which steps are taken
+) -> Iterator:
+    "Within, a network may be trained on; then its buffers, gradients and the random numbers are as they were."
+    buffers, grads = [(b, b.clone()) for b in model.buffers()], [(p, p.grad) for p in model.parameters()]
+    for p, _ in grads: p.grad = None
+    devices = {p.device for p, _ in grads if p.device.type == 'cuda'}
+    try:
+        with torch.random.fork_rng(devices): yield
+    finally:
+        with torch.no_grad():
+            for b, was in buffers: b.copy_(was)
+        for p, was in grads: p.grad = was
+
+def whole_step(
+    model: nn.Module, # as it is being trained
+    x: torch.Tensor, # (B, C, H, W) a batch of images
+    precision: str, # a key of `precisions`
+    call: Callable # from `compiled_call`
+) -> Callable: # 'plain' or 'compiled' → None
+    "A training step of a network itself to time, which leaves no trace in it."
+    def step(how):
+        with untouched(model), torch.enable_grad():
+            with autocast(precision, x.device): y = (call if how == 'compiled' else model)(x)
+            y.float().square().mean().backward()
+        _wait(x.device)
+    return step
+
+def compiled_to_predict(
+    model: nn.Module, # a copy for this alone, in evaluation mode and in the layout of `way`
+    x: torch.Tensor, # (B, C, H, W) images of the size that is to come
+    way: tuple[str, str], # (precision, layout)
+    seconds: float, # that the images to come would take
+    *,
+    gain: float = 1.2, # that may be hoped for
+    compile_seconds: float = 15. # that compiling may take, before it is known; on a GPU more
+) -> tuple[Callable, str]: # what to predict with; what was tried, in words
+    "A network compiled for many predictions, where that is likely to pay and is faster by the stopwatch."
+    if seconds*(1 - 1/gain) <= 2*compile_seconds: return model, ''
+    if why := cannot_compile(x.device): return model, f'not compiled: {why}'
+    from torch._inductor import config
+    few = x[:_at_once(x)]
+    nets = dict(plain=model, compiled=torch.compile(model, dynamic=False))
+    def step(how):
+        run_in(way, nets[how], few)
+        _wait(x.device)
+    with config.patch(freezing=True): kept, tried = try_compiled(step, 3)
+    return once_compiled(nets['compiled']) if kept else model, compile_told(kept, tried, f'{len(few)} images')

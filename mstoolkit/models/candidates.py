@@ -128,7 +128,7 @@ def time_backbone(
     return len(x)/median(took[fastest(took)])
 
 # %% ../../nbs/270_models.candidates.ipynb #f3ec8431
-useful_epochs = 8. # times that a training should see its data; to be chosen on validation
+useful_epochs = .75 # passes over the data that there should be time for; with most stages frozen that makes four
 set_aside = .25 # of the time, for what is not a training step
 
 @dataclass(frozen=True, slots=True)
@@ -267,9 +267,10 @@ def choice_told(
                 "images and tens of points of accuracy with hundreds of photographs")
     name, n = row.candidate.name, _number(row.epochs, row.timed)
     if row.epochs >= min_epochs:
-        return (f"{name} ({n} epochs): of those with weights the most accurate that sees the data {min_epochs:g} times or more "
-                f"in {time}")
-    return f"{name} ({n} epochs): the fastest with weights; none sees the data {min_epochs:g} times in {time}"
+        return (f"{name} ({n} epochs): of those with weights the most accurate that has time for "
+                f"{min_epochs:g} passes over the data or more in {time}")
+    return (f"{name} ({n} epochs): the fastest with weights; "
+            f"none has time for {min_epochs:g} passes over the data in {time}")
 
 def weights_told(
     rows: list[Ranked], # from `rank_backbones`

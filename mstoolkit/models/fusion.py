@@ -124,6 +124,8 @@ def _norm_act(c: int, act: str|None) -> nn.Module:
     "What follows a 1x1 convolution: nothing in the reports' heads, a norm and a nonlinearity with `act`."
     return nn.Identity() if act is None else nn.Sequential(nn.BatchNorm2d(c), _acts[choice(act, _acts, 'act')]())
 
+def _means(xs: list) -> list: return [x.mean((-2, -1), keepdim=True) for x in xs]
+
 def _classifier(c: int, n_out: int, drop: float) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop), nn.Linear(c, n_out))
 
@@ -163,7 +165,13 @@ class FusionHead(nn.Module):
     ) -> torch.Tensor: # (B, n_out) logits
         "Fuse and classify, on pooled maps where that is the same."
         if not self.collapses: return self.forward_spatial(xs)
-        return self.classifier(self.fuse([pool_like(x, xs[0]) for x in xs]))
+        return self.classifier(self.fuse(self.pool(xs)))
+
+    def pool(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> list: # maps (B, C_i, 1, 1)
+        "Maps of one pixel for which `forward` says what it says for `xs`, where the head collapses."
+        return [pool_like(x, xs[0]) for x in xs]
 
     def forward_spatial(self,
         xs: list # maps (B, C_i, H_i, W_i), shallow to deep
@@ -200,6 +208,12 @@ class PlainHead(nn.Module):
 
     forward_spatial = forward  # it has no other path
 
+    def pool(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> list: # maps (B, C_i, 1, 1)
+        "Maps of one pixel for which `forward` says the same."
+        return _means(xs)
+
 # %% ../../nbs/230_models.fusion.ipynb #508e1269
 @register_head('mlp')
 class MlpHead(nn.Module):
@@ -222,6 +236,12 @@ class MlpHead(nn.Module):
         return self.classifier(xs[-1])
 
     forward_spatial = forward
+
+    def pool(self,
+        xs: list # maps (B, C_i, H_i, W_i), shallow to deep
+    ) -> list: # maps (B, C_i, 1, 1)
+        "Maps of one pixel for which `forward` says the same."
+        return _means(xs)
 
 # %% ../../nbs/230_models.fusion.ipynb #dc3548cf
 @register_head('pyramid')

@@ -72,8 +72,12 @@ def allowed_views(
 # %% ../../nbs/290_models.views.ipynb #a4c9bbf5
 def view_probs(
     probs: Callable, # images (B, C, H, W) → probabilities (B, classes)
-    xs: list[torch.Tensor], # images (B, C, H, W) as the network takes them, in each of the sizes
+    xs: list, # images (B, C, H, W) as the network takes them, in each of the sizes
     tta: str = 'none' # a key of `view_sets`
 ) -> torch.Tensor: # (views, B, classes)
     "What a model says of each view of a batch; the mean over the first dimension is what it says of the images."
-    return torch.stack([probs(xs[k].flip(-1) if mirrored else xs[k]) for k, mirrored in view_sets[tta]])
+    return torch.stack([probs(_mirror(xs[k]) if mirrored else xs[k]) for k, mirrored in view_sets[tta]])
+
+def _mirror(x: torch.Tensor|tuple):
+    "Left to right, in each of the forms that several networks take a batch in."
+    return tuple(o.flip(-1) for o in x) if isinstance(x, tuple) else x.flip(-1)

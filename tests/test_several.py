@@ -1,0 +1,444 @@
+"Several models as one: what a file of them predicts, how it is taken apart, folds, soups, ensembles, a submission."
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import CLASSES, COLOURS, write_images
+from mstoolkit import ablation
+from mstoolkit.classifier import Classifier, ModelHeader, average_models, read_header
+from mstoolkit.cli import main
+from mstoolkit.core import RunError
+from mstoolkit.data.core import image_loader
+from mstoolkit.data.sources import Sample
+from mstoolkit.evaluate.attribution import scale_attribution, scale_shares
+from mstoolkit.evaluate.interpret import label_errors
+from mstoolkit.evaluate.stats import fold_interval
+from mstoolkit.models.ensemble import Ensemble
+from mstoolkit.models.fusion import multiscale_model
+from mstoolkit.predict import predict_folder, predict_probs
+from mstoolkit.recipe import Recipe
+from mstoolkit.runs import Run, Several
+from mstoolkit.several import folds
+from mstoolkit.several.combine import _cross_fitted, _kept, _Search, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
+from mstoolkit.several.folds import _share, resume_folds, train_folds
+from mstoolkit.several.submit import choice_optimism, expected_accuracy, submit
+from mstoolkit.train import train
+
+
+def classifier(seed, backbone='test_resnet', head='gated', size=32, mean=.5, classes=CLASSES):
+    torch.manual_seed(seed)
+    model = multiscale_model(backbone, head, len(classes), pretrained=False).eval()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .1); m.running_var.uniform_(.5, 2)
+        if isinstance(m, torch.nn.Linear): m.weight.data.mul_(4)
+    return Classifier(model, ModelHeader(config=model.config, classes=classes, size=size, mean=(mean,)*3, std=(.25,)*3))
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    "Files of three networks: two of one size and other normalisations, one of another backbone and size."
+    d = tmp_path_factory.mktemp('three')
+    own = [classifier(0), classifier(1, head='pyramid', mean=.4), classifier(2, 'test_convnext', 'plain', 48)]
+    return [o.save(d/f'{n}.safetensors') for n, o in zip('abc', own)]
+
+
+def by_hand(files, images, weights, average='probabilities'):
+    "What each says alone, averaged."
+    total = 0
+    for f, w in zip(files, weights):
+        p = predict_probs(Classifier.load(f), images, num_workers=0, device='cpu', precision='exact')[0].double()
+        total = total + w/sum(weights)*(p if average == 'probabilities' else p.log())
+    return total if average == 'probabilities' else total.softmax(1)
+
+
+@pytest.mark.parametrize('average', ['probabilities', 'logits'])
+def test_a_file_of_several_predicts_their_average_in_a_fresh_process(three, average, image_folder, tmp_path):
+    images, weights = sorted((image_folder/'test').rglob('*.png')), [1, 2, 3]
+    file = average_models(three, weights, average=average).save(tmp_path/'m.safetensors')
+    assert read_header(file).format == 2
+    code = ('import sys, torch; from pathlib import Path; from mstoolkit.classifier import Classifier; from mstoolkit.predict import predict_probs; '
+            'p, good, bad = predict_probs(Classifier.load(sys.argv[1]), [Path(o) for o in sys.argv[3:]], num_workers=0, device="cpu"); '
+            'torch.save(p, sys.argv[2])')
+    subprocess.run([sys.executable, '-c', code, file, tmp_path/'p.pt', *images], check=True)
+    want = by_hand(three, images, weights, average)
+    assert (torch.load(tmp_path/'p.pt').double()-want).abs().max() < 1e-6
+    assert want.max(1)[0].std() > .01 and want.argmax(1).unique().numel() > 1  # a test of something
+
+
+def test_many_images_are_predicted_the_fast_way(three, image_folder, monkeypatch):
+    "200 or more: folded norms, a layout by stopwatch."
+    images = sorted((image_folder/'test').rglob('*.png'))*25
+    p, good, _ = predict_probs(average_models(three), images, num_workers=0, device='cpu')
+    assert len(good) == 225 and (p.double()-by_hand(three, images, [1, 1, 1])).abs().max() < 1e-4
+
+
+def test_images_are_decoded_once_for_each_size(three, image_folder, monkeypatch):
+    from mstoolkit.data import core
+    sizes, read = [], core.read_image
+    monkeypatch.setattr(core, 'read_image', lambda f, size: sizes.append(size) or read(f, size))
+    image = image_folder/'test'/'2'/'0.png'
+    x, xs, good, _ = next(average_models(three).batches([image], num_workers=0))
+    assert sizes == [32, 48] and [tuple(o.shape) for o in xs] == [(1, 3, 32, 32), (1, 3, 32, 32), (1, 3, 48, 48)] and x.dtype == torch.uint8
+    x, xs, _, _ = next(average_models(three[:1]).batches([image], num_workers=0))
+    assert isinstance(xs, torch.Tensor)  # one network is given what it always was
+
+
+def test_unreadable_images_are_named_for_all(three, image_folder):
+    bad = image_folder/'test'/'2'/'bad.png'
+    bad.write_bytes(b'\x89PNG\r\n\x1a\nno')
+    x, good, odd = next(iter(image_loader([bad, image_folder/'test'/'2'/'0.png'], [32, 48], num_workers=0)))
+    assert [o.shape[-1] for o in x] == [32, 48] and len(good) == 1 and list(odd) == [bad]
+    p, good, odd = predict_probs(average_models(three), [bad], num_workers=0, device='cpu')
+    assert p.shape == (0, 3) and not good and list(odd) == [bad]
+
+
+def test_a_file_of_one_network_is_what_it_was(three, tmp_path):
+    clf = Classifier.load(three[0])
+    d = {k: v for k, v in asdict(clf.header).items() if k in ('config', 'classes', 'size', 'mean', 'std', 'metrics', 'versions', 'format')}
+    head = three[0].read_bytes()[:20_000]
+    assert json.dumps(json.dumps(d)).encode()[1:-1] in head and d['format'] == 1 and b'members' not in head.partition(b'0.net')[0]
+    assert clf.save(tmp_path/'again.safetensors').read_bytes() == three[0].read_bytes()
+    assert average_models([three[0]]).save(tmp_path/'one.safetensors').read_bytes() == three[0].read_bytes()
+
+
+def test_predict_takes_several(three, image_folder, tmp_path, capsys):
+    out = tmp_path/'p.csv'
+    assert main(['predict', *map(str, three), str(image_folder/'test'), '--out', str(out), '--top-k', '3', '--device', 'cpu']) == 0
+    df = predict_folder(average_models(three), image_folder/'test', top_k=3, device='cpu')
+    pd.testing.assert_frame_equal(pd.read_csv(out, dtype={c: str for c in df if not c.startswith('conf')}), df, check_dtype=False)
+    assert main(['predict', str(three[0]), str(three[0]), str(image_folder/'test'), '--out', str(tmp_path/'q.csv')]) == 2
+    assert 'is given twice' in capsys.readouterr().err
+
+
+def test_averages_of_averages(three, image_folder):
+    images = sorted((image_folder/'test').rglob('*.png'))
+    both = average_models([average_models(three[:2]), three[2]], [2, 1])
+    assert [m['weight'] for m in both.header.members] == [1, 1, 1] and [m['name'] for m in both.header.members] == ['model 1: a', 'model 1: b', 'c']
+    assert (predict_probs(both, images, num_workers=0, device='cpu')[0]-by_hand(three, images, [1, 1, 1])).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('average', ['probabilities', 'logits'])
+def test_the_maps_of_several_sum_to_the_mean_logit(three, average, image_folder):
+    clf = average_models(three, [1, 2, 3], average=average)
+    _, xs, good, _ = next(clf.batches(sorted((image_folder/'test').rglob('*.png')), num_workers=0))
+    with torch.no_grad(): each = [m(o) for m, o in zip(clf.model.members, clf.model.inputs(xs))]
+    mean, answer = sum(w/6*o for w, o in zip([1, 2, 3], each)), clf.model(xs)
+    a = scale_attribution(clf, xs)
+    assert a.target.equal(answer.argmax(1))
+    rows = torch.arange(len(good))
+    for a, want in ((a, mean[rows, answer.argmax(1)]), (scale_attribution(clf, xs, 'red apple'), mean[:, 2]),
+                    (scale_attribution(clf, xs, compare=('2', '10')), mean[:, 0]-mean[:, 1])):
+        torch.testing.assert_close(sum(m.sum((1, 2)) for m in a.maps) + a.bias, want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.logit, want)
+    if average == 'logits': torch.testing.assert_close(mean, answer)
+    assert a.strides == sorted(set(a.strides)) and len(a.maps) == len(a.strides)
+    assert scale_shares(clf, [(xs, torch.zeros(len(good), dtype=torch.long))]).filter(like='share').sum(axis=1).sub(1).abs().max() < 1e-5
+
+
+def test_classes_in_another_order_are_matched_by_name(three, image_folder, capsys):
+    images, order = sorted((image_folder/'test').rglob('*.png')), [2, 0, 1]
+    other = classifier(7, classes=[CLASSES[i] for i in order])
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    both = average_models([three[0], other])
+    assert 'model 2 has the classes in another order: they are matched by name' in capsys.readouterr().err
+    p = predict_probs(other, images, num_workers=0, device='cpu')[0]
+    want = (predict_probs(Classifier.load(three[0]), images, num_workers=0, device='cpu')[0] + p[:, [order.index(i) for i in range(3)]])/2
+    assert (predict_probs(both, images, num_workers=0, device='cpu')[0]-want).abs().max() < 1e-6
+    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())  # the given one stays
+
+
+@pytest.mark.parametrize('change,what', [
+    (dict(members=[{}]), 'is not name, weight'), (dict(average='median'), "unknown average 'median'"), (dict(members=['x']), 'is not name, weight'),
+    (lambda h: h['members'][0].update(weight=0), 'its weight is 0'), (lambda h: h['members'][0].update(size=0), 'its size is 0'),
+    (lambda h: h['members'][1].update(config={}), 'its backbone is None'), (lambda h: h['members'].pop(), 'do not fit'),
+    (lambda h: h['members'][0]['config'].update(n_out=4), 'names 3 classes, and its network has 4')])
+def test_headers_of_several_are_refused(three, change, what, tmp_path):
+    from safetensors.torch import load_file, save_file
+    file = average_models(three[:2]).save(tmp_path/'m.safetensors')
+    h = asdict(read_header(file))
+    h.update(change) if isinstance(change, dict) else change(h)
+    save_file(load_file(file), tmp_path/'n.safetensors', {'mstoolkit': json.dumps(h)})
+    with pytest.raises(ValueError, match=what): Classifier.load(tmp_path/'n.safetensors')
+
+
+def test_what_cannot_be_averaged_is_named(three, tmp_path):
+    a = Classifier.load(three[0])
+    for models, what in (([], 'no model to average'), ([a, classifier(1, classes=['2', '10', 'bee'])], "other classes than the first, 'bee', 'red apple'"),
+                         ([a, Classifier.load(three[0])], 'the very same weights'), ([three[0], tmp_path/'..'/three[0].parent.name/'a.safetensors'], 'twice')):
+        with pytest.raises((ValueError, FileNotFoundError), match=what): average_models(models)
+    with pytest.raises(ValueError, match='2 weights'): average_models(three, [1, 2])
+    with pytest.raises(ValueError, match='weight above 0|its weight is'): average_models(three, [1, 2, 0])
+    with pytest.raises(ValueError, match='in 3 sizes or normalisations'): average_models(three).model(torch.zeros(1, 3, 32, 32))
+    assert isinstance(average_models(three).model, Ensemble)
+
+
+TRAIN = dict(backbone='test_resnet', pretrained=False, size=32, epochs=2, bs=8, lr=5e-3, opt='adamw', schedule='one-cycle', cutmix=0., num_workers=0,
+             augment='light', device='cpu', precision='fp32', memory_format='contiguous', plateau_patience=-1, stop_patience=0)
+BASE = Recipe(**TRAIN)
+WORDS = ['--recipe', 'gate', *(o for k, v in TRAIN.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)]))]
+
+KILLED = '''
+import os, signal, sys
+from mstoolkit.callback.checkpoint import Checkpoint
+from mstoolkit.cli import main
+from mstoolkit.several import folds
+left, die, save = [int(sys.argv[1])], lambda: os.kill(os.getpid(), signal.SIGKILL), Checkpoint._save
+def counted(self, *args, **kw):
+    save(self, *args, **kw)
+    left[0] -= 1
+    if not left[0]: die()
+Checkpoint._save = counted
+if left[0] < 0: folds.write_report = lambda *_: die()
+main(sys.argv[2:])
+'''
+
+
+def killed(at, *args):
+    "Killed after so many checkpoints, or, at -1, before the page is written."
+    r = subprocess.run([sys.executable, '-c', KILLED, str(at), *map(str, args)], capture_output=True, text=True)
+    assert r.returncode == -9, r.stdout + r.stderr
+
+
+def product(out, folds=3):
+    "What folds leave, without times."
+    files = 'valid_predictions.csv', 'model.safetensors', *(f'fold-{k}/{o}' for k in range(folds) for o in ('model.safetensors', 'valid_predictions.csv'))
+    return {o: (out/o).read_bytes() for o in files} | {'left': sorted(o.name for o in out.iterdir())}
+
+
+@pytest.fixture(scope='module')
+def three_folds(image_folder_, tmp_path_factory):
+    "Folds in one go."
+    out = tmp_path_factory.mktemp('folds')/'f'
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_folds(BASE, image_folder_, out, folds=3)
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_folds_judge_every_image_once_and_average(three_folds, image_folder_):
+    s = Several(three_folds)
+    images = sorted(str(o.relative_to(image_folder_)) for o in (image_folder_/'train').rglob('*.png'))
+    assert sorted(s.preds.image) == images and len(images) == 24 and dict(s.preds.fold.value_counts()) == {0: 8, 1: 8, 2: 8}
+    runs = [Run(three_folds/f'fold-{k}') for k in range(3)]
+    for k, r in enumerate(runs):
+        own = s.preds[s.preds.fold == k].drop(columns='fold').sort_values('image', ignore_index=True)
+        pd.testing.assert_frame_equal(own, r.preds.sort_values('image', ignore_index=True))
+        assert r.source.fold == k and r.source.folds == 3 and r.recipe.seed == 42 and m_name(s, k) == (f'fold {k}', r.accuracy)
+    assert s.env['out_of_fold_accuracy'] == s.accuracy and 'corrected 95 % interval' in s.env['told'][1]
+    test = sorted((image_folder_/'test').rglob('*.png'))
+    p = predict_probs(Classifier.load(three_folds), test, num_workers=0, device='cpu')[0]
+    assert (p-by_hand([r.file('model') for r in runs], test, [1, 1, 1])).abs().max() < 1e-6
+    assert read_header(three_folds).metrics == {'out_of_fold_accuracy': s.accuracy}
+
+
+def m_name(s, k): return s.members[k]['name'], s.members[k]['accuracy']
+
+
+def test_folds_that_were_killed_go_on_as_if_not(three_folds, image_folder_, tmp_path, capsys):
+    out = tmp_path/'f'
+    killed(1, 'train', image_folder_, '--folds', 3, '--out', out, '--threads', 1, *WORDS)
+    assert (out/'.fold-0').is_dir() and not (out/'fold-0').exists()
+    with pytest.raises(FileNotFoundError, match=r'fold 0, 1, 2 is missing, to go on: mstoolkit train --resume'): Classifier.load(out)
+    killed(3, 'train', '--resume', out, '--threads', 1)  # the end of the first fold, and the first epoch of the second
+    assert (out/'fold-0').is_dir() and (out/'.fold-1').is_dir()
+    killed(-1, 'train', '--resume', out, '--threads', 1)
+    assert (out/'model.safetensors').is_file() and not (out/'report.html').exists()
+    assert main(['train', '--resume', str(out), '--threads', '1']) == 0
+    want, got = product(three_folds), product(out)
+    assert [k for k in want if got[k] != want[k]] == []
+    assert Run(out/'fold-1').env['resumed']
+    capsys.readouterr()
+    assert main(['train', '--resume', str(out)]) == 2 and 'has ended well, all 3 folds' in capsys.readouterr().err
+    page = (out/'report.html').read_text(encoding='utf-8')
+    assert page.index('Labels to look at') < page.index('The models') < page.index('Confusions') and 'Nadeau' in page
+    assert main(['report', str(out), '--out', str(tmp_path/'again.html')]) == 0
+    assert main(['report', str(out), str(out/'fold-0')]) == 2 and 'give it alone' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_folds_side_by_side_give_the_same_numbers(three_folds, image_folder_, tmp_path):
+    train_folds(BASE, image_folder_, tmp_path/'f', folds=3, jobs=3, threads=1)
+    want, got = product(three_folds), product(tmp_path/'f')
+    assert [k for k in want if k != 'left' and got[k] != want[k]] == []
+
+
+def test_a_fold_that_fails_is_named_and_tried_again(image_folder, tmp_path, monkeypatch, capsys):
+    own = ablation.train
+    def fails(r, source, out, **kw):
+        if 'fold-1' in str(out): raise OSError('the disk is gone')
+        return own(r, source, out, **kw)
+    monkeypatch.setattr(ablation, 'train', fails)
+    with pytest.raises(RunError, match=r'1 of 2 folds failed, fold 1: OSError: the disk is gone; to try again what failed: mstoolkit train --resume'):
+        train_folds(replace(BASE, epochs=1), image_folder, tmp_path/'f', folds=2)
+    assert (tmp_path/'f'/'fold-0').is_dir()
+    with pytest.raises(ValueError, match='have changed since the folds began'):
+        moved = tmp_path/'moved'
+        (image_folder/'train'/'2'/'0.png').unlink()
+        image_folder.rename(moved)
+        resume_folds(tmp_path/'f', moved)
+
+
+def test_minutes_are_shared(image_folder, tmp_path, capsys):
+    assert [round(_share(10, 5, j), 2) for j in (1, 2, 5)] == [1.95, 3.25, 9.75]
+    given = dict(TRAIN, minutes=.3) | dict(epochs=0)
+    start = time.perf_counter()
+    train_folds('auto', image_folder, tmp_path/'f', folds=2, given={k: v for k, v in given.items() if k not in ('epochs', 'schedule')})
+    assert 'minutes each' in capsys.readouterr().out and time.perf_counter()-start < 90
+    a, b = (Run(tmp_path/'f'/f'fold-{k}').recipe for k in (0, 1))
+    assert a == b and .05 < a.minutes < .15
+
+
+def test_swapped_labels_come_first(tmp_path):
+    rng = np.random.default_rng(0)
+    for c, colour in zip(CLASSES, COLOURS): write_images(tmp_path/'data'/c, 20, colour, rng)
+    for i, (was, now) in enumerate([('2', '10'), ('10', 'red apple'), ('red apple', '2')]):
+        (tmp_path/'data'/was/'0.png').rename(tmp_path/'data'/now/f'wrong{i}.png')
+    s = train_folds(replace(BASE, epochs=8, bs=16, lr=1e-2), tmp_path/'data', tmp_path/'f', folds=3)
+    first = label_errors(s.preds)
+    assert sum('wrong' in o for o in first.image[:3]) >= 2, first
+    page = (tmp_path/'f'/'report.html').read_text(encoding='utf-8')
+    assert page.index(first.image[0]) < page.index('The models')
+
+
+@pytest.mark.parametrize('words,what', [
+    (['--folds', '1'], 'folds is 1: give 2 or more'), (['--folds', '99'], '99 folds of 24 images'), (['--jobs', '2'], 'give --folds'),
+    (['--folds', '3', '--fold', '0', '--ray'], 'give --folds'), (['--folds', '3', '--backbone', 'resnet9000'], "unknown backbone 'resnet9000'"), (['--folds', '3', '--epochs', '0', '--minutes', '0.01'], 'folds are to share it')])
+def test_bad_folds_are_one_line(words, what, image_folder, tmp_path, capsys):
+    assert main(['train', str(image_folder), '--out', str(tmp_path/'f'), *WORDS, *words]) == 2
+    err = capsys.readouterr().err
+    assert what in err and len(err.splitlines()) == 1 and not (tmp_path/'f').exists()
+
+
+def test_fold_interval_is_nadeau_and_bengios():
+    mean, low, high = fold_interval([.8, .82, .84, .86, .88])
+    sd, t = .0316227766, 2.7764451
+    assert abs(mean-.84) < 1e-9 and abs(high-mean - t*sd*(1/5+1/4)**.5) < 1e-6 and abs(mean-low - (high-mean)) < 1e-12
+    with pytest.raises(ValueError, match='2 or more'): fold_interval([.8])
+
+
+@pytest.fixture(scope='module')
+def runs(image_folder_, tmp_path_factory):
+    "Three runs of one architecture and one of another, on a data set whose classes are hard to tell apart."
+    d, rng = tmp_path_factory.mktemp('runs'), np.random.default_rng(0)
+    for c, colour in zip(CLASSES, ((112, 100, 100), (100, 112, 100), (100, 100, 112))):
+        write_images(d/'data'/'train'/c, 16, colour, rng)
+        write_images(d/'data'/'val'/c, 20, colour, rng)
+    for i in range(3): train(replace(BASE, seed=i, epochs=1), d/'data', d/f'r{i}')
+    train(replace(BASE, head='plain', epochs=1), d/'data', d/'plain')
+    return d
+
+
+def test_greedy_choices():
+    y, p = np.array([0, 0, 1, 1]), np.full((3, 4, 2), .5)
+    p[0, :, 0], p[1, :, 0], p[2, :, 0] = (.9, .4, .1, .6), (.4, .9, .6, .1), (.1, .1, .9, .9)
+    p[..., 1] = 1-p[..., 0]
+    assert list(greedy_ensemble(p, y)) == [1, 1, 0] and list(greedy_ensemble(p[[0, 0, 2]], y)) == [1, 0, 0]
+    assert greedy_ensemble(p, y, rounds=1).sum() == 1 and abs(log_loss(p[0], y) - -np.log([.9, .4, .9, .4]).mean()) < 1e-12
+    assert greedy_soup([0, 1, 2], {(0,): 1., (0, 1): 1., (0, 2): .5}.get) == (0, 2)
+
+
+def test_a_soup_is_the_mean_of_weights_with_norms_of_its_own(runs):
+    clfs = [Classifier.load(runs/f'r{i}') for i in range(3)]
+    files = sorted((runs/'data'/'train').rglob('*.png'))
+    before = [{k: v.clone() for k, v in o.model.state_dict().items()} for o in clfs]
+    pot = average_weights(clfs, files, num_workers=0)
+    for k, v in pot.model.state_dict().items():
+        if 'running' not in k and v.is_floating_point(): torch.testing.assert_close(v, sum(s[k] for s in before)/3)
+    net, first = pot.model, next(m for m in pot.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    hook = first.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    for _, x, _, _ in pot.batches(files, num_workers=0):
+        with torch.no_grad(): net(x)
+    hook.remove()
+    torch.testing.assert_close(first.running_mean, torch.cat(seen).mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    assert not net.training and first.momentum == .1
+    assert all(torch.equal(v, s[k]) for o, s in zip(clfs, before) for k, v in o.model.state_dict().items())
+    with pytest.raises(ValueError, match='one architecture, and these differ: gated head on test_resnet, 32 px, and plain head'):
+        average_weights([clfs[0], Classifier.load(runs/'plain')], files)
+
+
+def test_combine_writes_what_it_kept(runs, tmp_path, capsys):
+    paths = [runs/o for o in ('r0', 'r1', 'r2', 'plain')]
+    s = combine(paths, out=tmp_path/'c', how='ensemble', num_workers=0)
+    clf, header = Classifier.load(s.path), read_header(s.path)
+    weights = {m['name']: m['weight'] for m in s.members}
+    assert abs(sum(weights.values())-1) < 1e-9 and list(weights) == ['r0', 'r1', 'r2', 'plain']
+    taken = [p for p in paths if weights[p.name]]
+    images = sorted((runs/'data'/'val').rglob('*.png'))
+    p = predict_probs(clf, images, num_workers=0, device='cpu')[0]
+    assert (p-by_hand([o/'model.safetensors' for o in taken], images, [weights[o.name] for o in taken])).abs().max() < 1e-6
+    assert header.format == (2 if len(taken) > 1 else 1) and len(s.preds) == 60 and s.preds.label.nunique() == 3
+    assert s.accuracy == pytest.approx(float(s.env['told'][0].split('accuracy ')[1].split(',')[0]), abs=1e-4)
+    page = (s.path/'report.html').read_text(encoding='utf-8')
+    assert 'McNemar p' in page and 'brought' in page and 'the choosing counted' in capsys.readouterr().out
+
+
+def test_copies_with_noise_are_not_called_better(tmp_path, monkeypatch):
+    "Under no effect a search over many finds the luckiest; what is told of it is not lucky."
+    rng, wins = np.random.default_rng(1), 0
+    samples = [Sample(Path(f'{i}.png'), str(i % 4)) for i in range(120)]
+    for trial in range(40):
+        s = object.__new__(_Search)
+        s.models, s.names, s.classes, s.y = [None]*12, [str(i) for i in range(12)], list('0123'), np.arange(120) % 4
+        p = rng.dirichlet(np.full(4, .3), (12, 120))  # chance
+        s.probs, s.soups = (lambda own, p=p: p[own[0]]), (lambda: [])
+        v = _verdict(_cross_fitted(s, samples, ['ensemble'], trial), s.y, ['ensemble'])
+        wins += _kept(v) == 'ensemble'
+        lucky = max((o.argmax(1) == s.y).mean() for o in p)
+        assert abs(v.accuracy.iloc[0] - .25) < .17 and lucky > .25
+    assert wins <= 4  # of 40 at a level of .05
+
+
+@pytest.mark.parametrize('args,what', [
+    (['r0'], 'it takes 2 or more'), (['r0', 'r0'], 'is given twice'), (['r0', 'plain', '--how', 'soup'], 'no two of these runs share one'),
+    (['r0', 'r1', '--how', 'stew'], "unknown how 'stew'"), (['r0', 'r1', '--valid', 'none'], 'give --data'), (['r0', 'nothing'], 'there is no model file'),
+    (['r0', 'r1', '--data', 'data', '--valid', 'none', '--valid-pct', '.5'], 'was trained on')])
+def test_bad_combinations_are_one_line(runs, args, what, tmp_path, capsys):
+    words = [str(runs/o) if not o.startswith('-') and o not in ('soup', 'stew', 'none', '.5') else o for o in args]
+    assert main(['combine', *words, '--out', str(tmp_path/'c')]) == 2
+    err = capsys.readouterr().err
+    assert what in err and len(err.splitlines()) == 1 and not (tmp_path/'c').exists()
+
+
+def test_submit_takes_folds_and_says_what_to_expect(three_folds, image_folder, tmp_path, capsys):
+    out = tmp_path/'p.zip'
+    assert main(['submit', str(three_folds), str(image_folder/'test'), '--out', str(out)]) == 0
+    said = capsys.readouterr().out
+    assert '9 predictions of 9 images' in said and 'accuracy to expect: ' in said and 'out of fold' in said
+    with zipfile.ZipFile(out) as z: df = pd.read_csv(z.open('p.csv'), dtype=str)
+    pd.testing.assert_frame_equal(df, predict_folder(three_folds, image_folder/'test', device='cpu'))
+    e = expected_accuracy(three_folds, image_folder/'test')
+    assert e.low <= e.accuracy <= e.high and e.low <= Several(three_folds).accuracy <= e.high
+    assert main(['submit', str(three_folds), str(image_folder/'test'), '--out', str(out)]) == 2 and 'already exists' in capsys.readouterr().err
+    assert main(['submit', str(three_folds), str(image_folder/'test'), '--minutes', '3', '--out', str(tmp_path/'q.csv')]) == 2
+    assert 'was trained already, --minutes is for a training' in capsys.readouterr().err
+
+
+def test_submit_trains_folds_and_goes_on_with_them(image_folder, tmp_path, monkeypatch):
+    real = folds.write_report
+    monkeypatch.setattr(folds, 'write_report', lambda *_: 1/0)
+    with pytest.raises(ZeroDivisionError): submit(image_folder, image_folder/'test', tmp_path/'p.csv', folds=2, recipe=replace(BASE, epochs=1))
+    monkeypatch.setattr(folds, 'write_report', real)
+    e = submit(image_folder, image_folder/'test', tmp_path/'p.csv', folds=2, recipe=replace(BASE, epochs=1))
+    assert len(pd.read_csv(tmp_path/'p.csv')) == 9 and Several(tmp_path/'p-folds').env['ended'] and 0 <= e.low <= e.high <= 1
+    e = submit(tmp_path/'p-folds'/'fold-0', image_folder/'test', tmp_path/'q.csv')
+    assert '12 validation images, the best of 1 epoch' in e.how
+    with pytest.raises(FileNotFoundError, match='there is no folder'): submit(tmp_path/'no', image_folder/'test', tmp_path/'r.csv')
+
+
+def test_what_the_choice_of_an_epoch_flatters():
+    "Forty epochs of luck around one accuracy: what is told is that accuracy, not the best of them."
+    rng = np.random.default_rng(0)
+    luck = .8 + .02*rng.normal(size=(200, 5, 40))
+    best = luck.max(2).mean()
+    assert best > .84 and abs(best - np.mean([choice_optimism(a, a) for a in luck]) - .8) < .004
+    assert choice_optimism([[1, 2]], [[.5, .6]]) == 0 and choice_optimism([[1, 2], [1, 1, 2, 3]], [[.5, .6], [.5, .5, .6, .7]]) == pytest.approx(.05)
