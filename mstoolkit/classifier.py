@@ -41,6 +41,7 @@ from .models.report_a import load_report_a
 from .runs import fold_folder, library_versions, n_folds, run_file
 
 # %% ../nbs/620_classifier.ipynb #74e37b9c
+_first = 'config', 'classes', 'size', 'mean', 'std', 'metrics', 'versions', 'format' # fields that every version knows
 FORMAT = 2  # the newest that is read; a file of one network is written as 1, which older versions read, too
 
 # %% ../nbs/620_classifier.ipynb #aa2d8d1c
@@ -103,9 +104,9 @@ class ModelHeader:
         return list(dict.fromkeys((m['size'], tuple(m['mean']), tuple(m['std'])) for m in each))
 
     def to_dict(self) -> dict: # plain values
-        "What the file keeps; of one network, what it always was."
-        d = asdict(self)
-        return d if self.members else {k: v for k, v in d.items() if k not in ('members', 'average')}
+        "What the file keeps: what is said of it, so that older versions read a file which says nothing new."
+        said = {f.name for f in fields(self) if f.name in _first or getattr(self, f.name) != f.default}
+        return {k: v for k, v in asdict(self).items() if k in said and (self.members or k != 'members')}
 
 # %% ../nbs/620_classifier.ipynb #7f14930d
 def _model_file(path) -> Path:

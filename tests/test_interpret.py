@@ -10,7 +10,8 @@ from fastai.learner import Learner
 from mstoolkit.evaluate.interpret import (calibration_bins, calibration_error, calibration_null, calibration_warning,
                                  class_table, confusion_pairs, plot_calibration, plot_confusion, prediction_frame, valid_predictions)
 from mstoolkit.recipe import Recipe
-from mstoolkit.train import _sizes, train
+from mstoolkit.models.views import larger_sizes
+from mstoolkit.train import train
 
 
 def made_up(n, classes, seed, right=.7):
@@ -136,5 +137,5 @@ def test_the_size_that_is_chosen_is_predicted_once(image_folder, tiny, tmp_path,
     monkeypatch.setattr(Learner, 'get_preds', lambda self, **kw: passes.append(1) or get_preds(self, **kw))
     monkeypatch.setattr('mstoolkit.train._draw', lambda *a: None)
     learn = train(Recipe(**tiny, test_size=-1, precision='fp32', memory_format='contiguous'), image_folder, tmp_path/'run')
-    assert len(passes) == len(_sizes(32)) > 1
+    assert len(passes) == 1 + len(larger_sizes(32)) > 1
     pd.testing.assert_frame_equal(prediction_frame(tmp_path/'run'), valid_predictions(learn), check_dtype=False)

@@ -126,13 +126,11 @@ def plot_curves(
 # %% ../../nbs/520_evaluate.interpret.ipynb #08376b42
 def valid_predictions(
     learn: Learner, # a trained classifier
-    dl: TfmdDL|None = None, # labelled data; the learner's validation data when not given
-    *,
-    found: tuple|None = None # (probabilities, labels) of these data, where they are known already: nothing is predicted again
+    dl: TfmdDL|None = None # labelled data; the learner's validation data when not given
 ) -> pd.DataFrame: # a row for each image: image, label, pred_label, confidence, label_confidence
     "What a learner predicts for its validation images, and how sure it is of that and of the right answer."
     dl = dl or learn.dls.valid
-    with learn.no_bar(), learn.no_logging(): probs, y = found or learn.get_preds(dl=dl)
+    with learn.no_bar(), learn.no_logging(): probs, y = learn.get_preds(dl=dl)
     return prediction_table(learn, dl, probs, y)
 
 def prediction_table(

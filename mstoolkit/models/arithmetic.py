@@ -255,8 +255,8 @@ def try_compiled(
     return fastest(took, min_gain=min_gain) == 'compiled', tried | {k: median(s) for k, s in took.items()}
 
 def compile_told(
-    kept: bool, # from `try_compiled`, as the next
-    tried: dict,
+    kept: bool, # from `try_compiled`
+    tried: dict, # likewise
     what: str = 'a step' # what was timed
 ) -> str: # a part of a line
     "What was tried and chosen, in words."
