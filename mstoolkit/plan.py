@@ -101,7 +101,7 @@ def _frozen_stages(passes: float, n_stages: int) -> int:
 def _probed(passes: float, n_stages: int) -> dict:
     "A head trained to its end, then with it the stages there is time for, at a small rate, under the same norms."
     # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
-    return dict(schedule='fine-tune', lr=2e-3, layer_decay=.7, probe=True, freeze_share=.5, keep_norms=True,
+    return dict(schedule='fine-tune', lr=2e-3, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
                 frozen_stages=_frozen_stages(passes, n_stages))
 
 def training_fields(

@@ -170,7 +170,7 @@ class Recipe(PlainData):
     probe:bool = option(False, bool, 'Training',
                         "in the frozen phase train the head to its end, on features computed once")
     frozen_stages:int = option(0, int, 'Training', "first stages that never learn, which saves time", lo=0)
-    keep_norms:bool = option(False, bool, 'Training', "the backbone's batch norms keep the statistics they came with")
+    keep_bn:bool = option(False, bool, 'Training', "the backbone's batch norms keep the statistics they came with")
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
     bs:int = option(32, int, 'Training', "images in a batch, or auto: as many, up to 64, as there is memory for", lo=2, word='auto')

@@ -112,7 +112,7 @@ def recipe_learner(
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
     if r.frozen_stages: cbs.append(FreezeStages(r.frozen_stages))
-    if r.keep_norms: cbs.append(FreezeNorms())
+    if r.keep_bn: cbs.append(FreezeNorms())
     if r.teacher:
         cbs.append(Distill(r.teacher, r.soften, precision=check_precision(r.precision, dls.device),
                            memory_format=r.memory_format))

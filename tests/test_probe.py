@@ -108,7 +108,7 @@ def test_norms_keep_their_statistics(dls):
 def test_a_killed_run_goes_on_as_if_nothing_had_been(image_folder, tmp_path, tiny):
     weights = tmp_path/'w.pth'
     torch.save(multiscale_model('test_resnet', 'plain', 3, pretrained=False)[0].net.state_dict(), weights)
-    r = Recipe.from_dict(tiny | dict(schedule='fine-tune', weights_file=str(weights), epochs=3, probe=True, keep_norms=True, frozen_stages=1,
+    r = Recipe.from_dict(tiny | dict(schedule='fine-tune', weights_file=str(weights), epochs=3, probe=True, keep_bn=True, frozen_stages=1,
                                      ema=.1, precision='fp32', memory_format='contiguous'))
     whole = train(r, image_folder, tmp_path/'a')
     for epoch in 0, 1:
