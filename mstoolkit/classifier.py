@@ -225,7 +225,7 @@ class Classifier:
         *,
         bs: int = 64, # images in a batch
         num_workers: int|None = None, # loader processes; chosen by machine and data
-        sizes: tuple[int, ...]|None = None # sides in pixels, not the header's: images then come as lists
+        sizes: tuple[int, ...]|None = None # sides in pixels, not the header's; of several, images come in each, as a tuple
     ) -> Iterator[tuple]: # uint8 images, the same as the network takes them, their files, unreadable file → reason
         "Image files, normalised and on the network's device; what cannot be read is returned by name."
         device, h = next(self.model.parameters()).device, self.header

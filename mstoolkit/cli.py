@@ -125,6 +125,10 @@ Plugin = Annotated[Optional[list[str]], typer.Option('--plugin', callback=_impor
 
 _data_help = "folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…; or the data.toml of a run"
 
+# options of whoever predicts
+_Device = Annotated[str, typer.Option(autocompletion=_complete(_names['device']), help="auto, cpu, cuda, cuda:N or mps")]
+_Workers = Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")]
+
 # %% ../nbs/810_cli.ipynb #1988272b
 def _resume(run: Path, data: Path|None, ctx: typer.Context):
     "Go on with a stopped run, which knows its options; DATA only says where its images are now."
@@ -262,9 +266,8 @@ def predict(
     on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
         help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
     bs: Annotated[int, typer.Option(help="images in a batch")] = 64,
-    num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
-    device: Annotated[str, typer.Option(autocompletion=_complete(_names['device']),
-        help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
+    num_workers: _Workers = -1,
+    device: _Device = 'auto',
     precision: Annotated[str, typer.Option(autocompletion=_complete(_names['precision']),
         help="numbers computed in: fp32; exact (fp32, the same bits every time); bf16, fp16, or auto (fastest, compiled too)")] = 'fp32',
     plugin: Plugin = None,
@@ -289,9 +292,8 @@ def predict(
 def views(
     run: Annotated[Path, typer.Argument(help="run folder whose validation images are where it found them")],
     bs: Annotated[int, typer.Option(min=1, help="images in a batch")] = 64,
-    num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
-    device: Annotated[str, typer.Option(autocompletion=_complete(_names['device']),
-        help="auto, cpu, cuda, cuda:N or mps")] = 'auto',
+    num_workers: _Workers = -1,
+    device: _Device = 'auto',
     precision: Annotated[str, typer.Option(autocompletion=_complete(_names['precision']),
         help="numbers computed in, as for predict")] = 'fp32',
     plugin: Plugin = None,
@@ -314,7 +316,7 @@ def combine(
         help="folder to make; runs/combined, or the next free one")] = None,
     how: Annotated[str, typer.Option(autocompletion=_complete(('auto', 'soup', 'ensemble')),
         help="auto (what helps by a paired test), or soup or ensemble, whatever the test says")] = 'auto',
-    num_workers: Annotated[int, typer.Option(help="loader processes; -1 chooses by machine and data")] = -1,
+    num_workers: _Workers = -1,
     plugin: Plugin = None,
 ):
     "Put runs together, by weights or by probabilities, where that is better than the best of them."

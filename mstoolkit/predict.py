@@ -36,7 +36,7 @@ def predict_views(
     device: str = 'auto', # auto, cpu, cuda, cuda:N or mps
     precision: str = 'fp32' # as for `predict_probs`
 ) -> Iterator[tuple]: # batch by batch: probabilities (views, B, classes), their files, unreadable file → reason
-    "Class probabilities of each view of image files, each file decoded once; what cannot be read is returned by name."
+    "Class probabilities of each view of image files; what cannot be read is returned by name."
     h, run = clf.header, None
     check_precision('fp32' if precision == 'exact' else precision, device := pick_device(device))
     check_views(tta, mirrored=h.mirrored, augment=h.augment, one_size=takes_one_size(clf))

@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 
 # %% auto #0
 __all__ = ['optimizers', 'losses', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'choose_bs', 'settle_run', 'train',
-           'resume_run']
+           'images_of', 'resume_run']
 
 # %% ../nbs/710_train.ipynb #d5c02dbd
 import ast
@@ -442,6 +442,17 @@ def _check_same(now: dict, was: dict, path: str):
         print(f"the weights may differ in rounding from those of a run in one go: {'; '.join(differs)}", flush=True)
 
 # %% ../nbs/710_train.ipynb #c0ea7295
+def images_of(
+    folder: str|Path, # run folder, or folder of folds, that was stopped
+    data: str|Path|None = None # folder of images; where it was when not given
+) -> DataSource: # what it was trained on
+    "The data of a training that was stopped, where they are now."
+    source = data_source(run_file(folder, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
+    if not Path(source.path).is_dir():
+        raise FileNotFoundError(f"there is no folder {source.path!r}, where the images were: say where they are now "
+                                f"(mstoolkit train DATA --resume {shlex.quote(str(folder))})")
+    return source
+
 def resume_run(
     run: str|Path, # run folder of a training that was stopped
     data: str|Path|None = None, # folder of images; where it was when not given
@@ -459,11 +470,8 @@ def resume_run(
         if minutes:
             if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
             r = replace(r, minutes=minutes)
-        source = data_source(run_file(run, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
         clear_leftovers(run)
-        if not Path(source.path).is_dir():
-            raise FileNotFoundError(f"there is no folder {source.path!r}, where the images were: say where they are now "
-                                    f"(mstoolkit train DATA --resume {shlex.quote(str(run))})")
+        source = images_of(run, data)
         learn = _prepare(r, source)
         now = _surroundings(learn.dls) | dict(recipe=_told(r))
         _check_same(now, env, source.path)

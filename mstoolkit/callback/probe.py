@@ -50,7 +50,8 @@ class ProbeHead(Callback):
 
     def before_fit(self):
         "Refuse a head that sees more of a map than its mean."
-        if not is_lasting_fit(self.learn) or not body_is_frozen(self.learn): return
+        self.run = is_lasting_fit(self.learn) and body_is_frozen(self.learn)
+        if not self.run: return
         if not isinstance(self.model, MultiScaleModel) or not can_probe(self.model[1]):
             head = self.model[-1] if isinstance(self.model, nn.Sequential) else self.model
             raise ValueError("ProbeHead needs a multiscale_model with a head that has a method pool and no act, "
@@ -58,7 +59,6 @@ class ProbeHead(Callback):
 
     def before_train(self):
         "Take the place of the epoch's training."
-        if not is_lasting_fit(self.learn) or not body_is_frozen(self.learn): return
         budget = getattr(self.learn, 'budget', None)
         feats, labels, at = self.features(budget.stop_at if budget else None)
         loss = self._train(feats, labels, at)

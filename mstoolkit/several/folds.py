@@ -31,7 +31,7 @@ from ..recipe import Recipe, load_recipe
 from ..report import write_report
 from ..runs import (Run, Several, beginnings, clear_leftovers, environment, fold_folder, n_folds, one_writer, read_env,
                             run_file, write_env)
-from ..train import settle_run
+from ..train import images_of, settle_run
 
 # %% ../../nbs/760_several.folds.ipynb #55f9e1c1
 @dataclass(frozen=True)
@@ -139,11 +139,7 @@ def resume_folds(
             raise FileNotFoundError(f"{str(out)!r} has no {run_file(out, what).name}: "
                                     "it was stopped before it began, remove it")
     with one_writer(out):
-        r, src = load_recipe(run_file(out, 'recipe')), DataSource.load(run_file(out, 'source'))
-        if data: src = replace(src, path=str(Path(data).resolve()))
-        if not Path(src.path).is_dir():
-            raise FileNotFoundError(f"there is no folder {src.path!r}, where the images were: say where they are now "
-                                    f"(mstoolkit train DATA --resume {shlex.quote(str(out))})")
+        r, src = load_recipe(run_file(out, 'recipe')), images_of(out, data)
         clear_leftovers(out)
         left = [j for j in _jobs(out, r) if not j.done]
         if minutes:
