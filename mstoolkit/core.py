@@ -271,7 +271,9 @@ def keep_freed_memory() -> bool: # whether this C library could be told
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError): return False  # musl and others have no such switch
     trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD of malloc.h
-    return all([mallopt(mmap, 32*2**20 - 1), mallopt(trim, 2**31 - 1), mallopt(top_pad, 64*2**20)])
+    # maps of 32 images and 256 px are larger than the 32 MiB at which older versions stop: pages of these would be cleared anew each step
+    kept = mallopt(mmap, 2**31 - 1) or mallopt(mmap, 32*2**20 - 1)
+    return all([kept, mallopt(trim, 2**31 - 1), mallopt(top_pad, 64*2**20)])
 
 # %% ../nbs/010_core.ipynb #f0022f1a
 def out_of_memory(

@@ -179,6 +179,7 @@ class Budget(AttachedCallback):
         ema = getattr(self.learn, 'ema', None)
         once = ema is not None and not ema.step # an average of no step is not validated
         took = perf_counter() - self.validate_from
+        if self.first and self.image_seconds: took = min(took, 1.5*self.image_seconds*len(self.dls.valid_ds))
         self.validation, self.pace_then = took*(self._validated if once else 1), self.pace
 
     def after_fit(self):
@@ -202,6 +203,7 @@ class Budget(AttachedCallback):
 
     iter_seconds = pixels = 0. # of the last batch
     first = False # whether the fit at hand is a frozen phase
+    image_seconds = 0. # seconds an image takes in the arithmetic of what is to come; a probe's own validation is in plain float32
 
     def state_dict(self) -> dict: # plain values
         "What is used and what was measured, to go on with the rest after a stop."

@@ -60,7 +60,9 @@ class ProbeHead(Callback):
     def before_train(self):
         "Take the place of the epoch's training."
         budget = getattr(self.learn, 'budget', None)
+        start = perf_counter()
         feats, labels, at = self.features(budget.stop_at if budget else None)
+        if budget: budget.image_seconds = (perf_counter() - start)/len(feats)
         loss = self._train(feats, labels, at)
         self.learn.loss = self.learn.loss_grad = self.learn.smooth_loss = loss
         recorder = getattr(self.learn, 'recorder', None)

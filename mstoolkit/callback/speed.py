@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from .core import is_training_fit
+from .core import body_is_frozen, is_training_fit
 from ..core import choice, others_at_work
 from ..data.workers import close_idle_workers
 from ..models.arithmetic import (autocast, cannot_compile, compile_told, compiled_call, cpu_has_bf16, fastest,
@@ -115,7 +115,7 @@ class Arithmetic(MixedPrecision):
     def _choose_compiled(self) -> str: # what was found, in words
         "Try torch.compile, if so much of the same is to come that compiling is a small share of it."
         # a frozen phase is short, and another network to a compiler; so are images that grow
-        if not self.chosen or self.opt.frozen_idx > 0 or hasattr(self.learn, 'growing_size'): return ''
+        if not self.chosen or body_is_frozen(self.learn) or hasattr(self.learn, 'growing_size'): return ''
         n, left = self.n_iter*self.n_epoch, self.learn.budget.left if hasattr(self.learn, 'budget') else inf
         if not rounds_within(n, 2, self.share) or left*self.share < self.compile_seconds: return ''
         each = self.batch_seconds or self._batch_seconds()
