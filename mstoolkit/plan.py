@@ -24,8 +24,8 @@ from .data.sources import DataSource, Sample, data_source
 from .models.backbone import check_name
 from .models.candidates import (choice_told, rank_backbones, set_aside, take_backbone, time_backbone,
                                          weights_at_hand, weights_told)
-from .models.fusion import heads, multiscale_model
-from .models.split import stage_splitter
+from .models.fusion import MultiScaleModel, heads, multiscale_model
+from .models.split import can_enter, stage_splitter
 from .recipe import Recipe
 
 # %% ../nbs/430_plan.ipynb #a6095777
@@ -91,18 +91,19 @@ def _augment(facts: DataFacts, passes: float) -> str:
     if facts.grey: return 'upright'
     return 'strong' if passes >= 10 else 'photo'
 
-# without backward pass through the first stages a step is faster: how many times, with Lite0 on two cores
-_faster = {0: 1., 2: 2., 3: 2.9, 4: 5.}
+# without backward pass through the first stages a step is faster: how many times, with Lite2 on two cores; from three on with KeepMaps
+_faster = {0: 1., 2: 2., 3: 3., 4: 6.}
 
 def _frozen_stages(passes: float, n_stages: int) -> int:
-    "As few stages as let a training see its data six times; the last one always learns."
-    return min(n_stages - 1, next((n for n, times in _faster.items() if passes*times >= 6), max(_faster)))
+    "As few stages as let a training see its data eight times; the last one always learns."
+    return min(n_stages - 1, next((n for n, times in _faster.items() if passes*times >= 8), max(_faster)))
 
 def _probed(passes: float, n_stages: int) -> dict:
     "A head trained to its end, then with it the stages there is time for, at a small rate, under the same norms."
     # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
+    frozen = _frozen_stages(passes, n_stages)
     return dict(schedule='fine-tune', lr=2e-3, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
-                frozen_stages=_frozen_stages(passes, n_stages))
+                frozen_stages=frozen, keep_maps=4 if frozen >= 3 else 0)
 
 def training_fields(
     facts: DataFacts, # the data
@@ -117,8 +118,9 @@ def training_fields(
         start = _probed(passes, n_stages)
         passes *= _faster[start['frozen_stages']]
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=-1)
-    mix = dict(cutmix=.5, mix_off_share=.15) if passes >= 10 else dict(cutmix=0.)
-    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, passes),
+    kept = start.get('keep_maps', 0)
+    mix = dict(cutmix=.5, mix_off_share=.15) if passes >= 10 and not kept else dict(cutmix=0.)
+    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, min(passes, 9) if kept else passes),
                 balance='logit-adjust' if facts.uneven >= 20 else 'none', plateau_patience=-1, stop_patience=0) | start | mix
 
 # %% ../nbs/430_plan.ipynb #f2056135
@@ -143,11 +145,10 @@ def _backbone(facts: DataFacts, given: dict, fields: dict, seconds: float, devic
     speed = time_backbone(name, len(facts.per_class), rounds=1, n=4, **kw)
     return found, speed*seconds*(1 - set_aside)/facts.n_train
 
-def _n_stages(name: str, fields: dict) -> int:
-    "How many groups of weights a backbone has, on a sketch of it."
+def _sketch(name: str, fields: dict) -> MultiScaleModel:
+    "A backbone and a head without memory."
     kw = dict(pretrained=False, img_size=fields['size'])
-    with torch.device('meta'): model = multiscale_model(name, fields['head'], 2, **kw)
-    return len(stage_splitter(model)) - 1
+    with torch.device('meta'): return multiscale_model(name, fields['head'], 2, **kw)
 
 scratch_backbone = 'resnet10t' # small, and made of nothing that needs long training
 
@@ -166,14 +167,18 @@ def auto_recipe(
     fields = dict(name='auto') | size_and_batch(facts, given, minutes, device.type == 'cpu')
     network, passes = _backbone(facts, given, fields, 60*minutes, device, weights_dir, told)
     passes = given.get('epochs') or passes
-    n_stages = _n_stages((given | network)['backbone'], fields) if network['pretrained'] else 1
+    model = _sketch((given | network)['backbone'], fields) if network['pretrained'] else None
+    n_stages = len(stage_splitter(model)) - 1 if model else 1
     fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages)
     if given.get('teacher'): fields['balance'] = 'none' # a teacher's answers know no classes that are too rare
+    all_of = fields | given
+    needs_images = any(all_of.get(o) for o in ('cutmix', 'mixup', 'start_size', 'teacher', 'recompute', 'epochs'))
+    if model and fields.get('keep_maps') and (needs_images or not can_enter(model, all_of['frozen_stages'])): fields['keep_maps'] = 0
     r = Recipe.from_dict(fields | {k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
     first = 'head first, on features computed once, ' if r.probe else ''
     grey = ', grey' if facts.grey else ''
     told.append(f"{facts.n_train:,} training images of about {facts.side} px{grey}, and time for {passes:.2g} "
                 f"passes over them with all of the network: {first}"
-                f"{counted(r.frozen_stages, 'stage') + ' frozen, ' if r.frozen_stages else ''}"
+                f"{counted(r.frozen_stages, 'stage') + ' frozen, ' if r.frozen_stages else ''}{'their maps kept, ' if r.keep_maps else ''}"
                 f"{r.size} px, augmentation {r.augment}{', CutMix' if r.cutmix else ''}, {r.schedule} at rate {r.lr:g}")
     return r, told

@@ -170,6 +170,8 @@ class Recipe(PlainData):
     probe:bool = option(False, bool, 'Training',
                         "in the frozen phase train the head to its end, on features computed once")
     frozen_stages:int = option(0, int, 'Training', "first stages that never learn, which saves time", lo=0)
+    keep_maps:int = option(0, int, 'Training',
+                           "passes over the data whose maps of the frozen stages are kept and learnt from again, under minutes", lo=0)
     keep_bn:bool = option(False, bool, 'Training', "the backbone's batch norms keep the statistics they came with")
     train_bn:bool = option(False, bool, 'Training',
                            "in that phase let the frozen backbone's norms learn too, as fastai does; twice as slow")
@@ -262,6 +264,12 @@ class Recipe(PlainData):
             raise ValueError(f"recipe fields 'epochs' and 'minutes' are {self.epochs} and {self.minutes:g}: "
                              "give one of them, and 0 for the other")
         if not self.epochs and not self.minutes: raise ValueError("recipe fields 'epochs' and 'minutes' are both 0: give one of them")
+        if self.keep_maps and not (self.frozen_stages and self.minutes):
+            raise ValueError("recipe field 'keep_maps' keeps what frozen stages make while minutes last: "
+                             "give 'frozen_stages' and 'minutes' too")
+        if self.keep_maps and (self.cutmix + self.mixup or self.start_size or self.teacher or self.recompute):
+            raise ValueError("recipe field 'keep_maps' leaves no images to mix, to let grow, to show to a teacher or to compute again: "
+                             "leave it out, or cutmix, mixup, start_size, teacher and recompute")
         if self.mix_off_epochs and self.mix_off_share:
             raise ValueError("recipe fields 'mix_off_epochs' and 'mix_off_share' say the same: leave one of them out")
         if self.minutes and self.mix_off_epochs:

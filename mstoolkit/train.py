@@ -39,7 +39,7 @@ from .callback.budget import Budget
 from .callback.checkpoint import Checkpoint
 from .callback.distill import Distill
 from .callback.mix import BatchMix
-from .callback.probe import FreezeNorms, FreezeStages, ProbeHead
+from .callback.probe import FreezeNorms, FreezeStages, KeepMaps, ProbeHead
 from .callback.progress import TrainProgress
 from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
@@ -139,6 +139,7 @@ def fit_recipe(
     if r.stop_patience > 0: cbs.append(stop := EarlyStop(r.monitor, patience=r.stop_patience))
     if r.ema: cbs.append(EMA(r.ema, monitor=r.monitor))
     if r.probe: cbs.append(ProbeHead())
+    if r.keep_maps: cbs.append(KeepMaps(r.keep_maps))
     if r.start_size: cbs.append(GrowingSize(r.start_size))
     if r.minutes and not any(isinstance(cb, Budget) for cb in cbs): cbs.append(Budget(r.minutes, frozen=r.freeze_share))
     schedules[r.schedule](learn, r, cbs)

@@ -1,11 +1,14 @@
 "A head trained on features computed once: the same head, the same body, the same run after a kill."
 import pytest
 import torch
-from mstoolkit.callback.probe import FreezeNorms, FreezeStages, ProbeHead, can_probe
+from mstoolkit.callback import probe as probe_module
+from mstoolkit.callback.mix import BatchMix
+from mstoolkit.callback.probe import FreezeNorms, FreezeStages, KeepMaps, ProbeHead, can_probe
 from mstoolkit.core import seed_everything
 from mstoolkit.data.core import image_dls
 from mstoolkit.learner import fusion_learner
 from mstoolkit.models.fusion import heads, multiscale_model
+from mstoolkit.models.split import StageEntry, can_enter
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import resume_run, train
 from test_checkpoint import KillAt, Killed
@@ -124,3 +127,91 @@ def test_under_a_budget_the_probe_is_validated_and_kept(image_folder, tmp_path, 
     learn = train(Recipe.from_dict({k: v for k, v in tiny.items() if k != 'epochs'} | fields), image_folder, tmp_path/'r')
     first = learn.run_history.rows[0]
     assert first['phase'] == 'frozen' and first['accuracy'] is not None
+
+
+def counted(dl, monkeypatch):
+    "How often a loader was begun."
+    times, cls = [], type(dl)
+    plain = cls.__iter__
+    monkeypatch.setattr(cls, '__iter__', lambda self: (times.append(1) if self is dl else None, plain(self))[1])
+    return times
+
+
+@pytest.mark.parametrize('head', ['gated', 'plain', 'pyramid'])
+def test_maps_train_what_images_would(image_folder, head):
+    "Without augmentation the same batches give the same weights, whether the first stages' maps come from the network or were made before."
+    found = []
+    for cbs in ([], [KeepMaps(0)]):
+        dls = image_dls(image_folder, size=64, bs=8, augment='none', num_workers=0, device='cpu')
+        learn = learner(dls, head, cbs=[FreezeStages(3), FreezeNorms(), *cbs])
+        learn.unfreeze()
+        before = state(learn.model)
+        seed_everything(1)
+        for m in learn.model.modules(): # dropout would draw the same, and only rounding is to differ
+            if isinstance(m, torch.nn.Dropout): m.p = 0.
+        with quiet(learn): learn.fit(2, 1e-3)
+        found.append((state(learn.model), changed(before, learn.model), learn.run_history.rows[-1]))
+    (a, moved, row), (b, moved_too, row_too) = found
+    assert moved == moved_too and any('layer4' in o for o in moved) and not any('layer2' in o for o in moved)
+    for k in moved: torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4)
+    assert row['valid_loss'] == pytest.approx(row_too['valid_loss'], abs=1e-3)
+
+
+def test_maps_of_the_first_passes_are_learnt_from_again(dls, monkeypatch):
+    learn = learner(dls, cbs=[FreezeStages(3), FreezeNorms(), keep := KeepMaps(2)])
+    learn.unfreeze()
+    begun, seen = counted(dls.train, monkeypatch), []
+    plain = KeepMaps.batches
+    def batches(self, dl):
+        for x, y in plain(self, dl):
+            seen.append((x.shape, y.tolist()))
+            yield x, y
+    monkeypatch.setattr(KeepMaps, 'batches', batches)
+    with quiet(learn): learn.fit(5, 1e-3)
+    assert len(begun) == 2
+    assert len({s[1:] for s, _ in seen}) == 1 and seen[0][0][1] > 3 # maps, not images
+    each = len(seen)//5
+    labels = [sorted(sum((y for _, y in seen[i*each:(i+1)*each]), [])) for i in range(5)]
+    assert labels[2] in labels[:2] and seen[2*each][1] != seen[0][1] # in another order
+    assert learn.model.entry is None and not keep.views and len(learn.run_history.rows) == 5
+    assert learn.get_preds()[0].shape == (len(dls.valid_ds), 3)
+
+
+def test_without_memory_each_pass_makes_its_own(dls, monkeypatch):
+    monkeypatch.setattr(probe_module, 'free_memory', lambda: 1000)
+    learn = learner(dls, cbs=[FreezeStages(3), FreezeNorms(), KeepMaps(2)])
+    learn.unfreeze()
+    begun = counted(dls.train, monkeypatch)
+    with quiet(learn): learn.fit(4, 1e-3)
+    assert len(begun) == 4
+
+
+def test_maps_and_what_needs_images(dls):
+    learn = learner(dls)
+    learn.unfreeze()
+    with quiet(learn), pytest.raises(ValueError, match='all of them learn: add FreezeStages'): learn.fit(1, cbs=KeepMaps())
+    with quiet(learn), pytest.raises(ValueError, match='no images for BatchMix'): learn.fit(1, cbs=[FreezeStages(2), KeepMaps(), BatchMix()])
+    with pytest.raises(ValueError, match='keep is -1'): KeepMaps(-1)
+    vit = multiscale_model('test_vit', 'gated', 3, pretrained=False, img_size=64)
+    assert not can_enter(vit, 1)
+    with pytest.raises(ValueError, match='cannot be entered after 1 of its stages'): StageEntry(vit, 1, torch.zeros(2, 3, 64, 64))
+    curved = multiscale_model('test_resnet', 'gated', 3, pretrained=False, act='relu')
+    assert not can_enter(curved, 2)
+    short = dict(minutes=1., epochs=0, cutmix=0., frozen_stages=3, keep_maps=2)
+    assert Recipe.from_dict(short).keep_maps == 2
+    for change, says in ((dict(minutes=0., epochs=2), "give 'frozen_stages' and 'minutes'"), (dict(frozen_stages=0), "give 'frozen_stages'"),
+                         (dict(cutmix=.5), 'leaves no images to mix'), (dict(recompute=True), 'leaves no images to mix')):
+        with pytest.raises(ValueError, match=says): Recipe.from_dict(short | change)
+
+
+def test_a_training_on_maps_under_a_budget_ends_and_resumes(image_folder, tmp_path, tiny):
+    weights = tmp_path/'w.pth'
+    torch.save(multiscale_model('test_resnet', 'plain', 3, pretrained=False)[0].net.state_dict(), weights)
+    fields = dict(schedule='fine-tune', weights_file=str(weights), probe=True, freeze_share=.3, minutes=.08, keep_maps=2, frozen_stages=3,
+                  keep_bn=True, ema=.1, cutmix=0.)
+    r = Recipe.from_dict({k: v for k, v in tiny.items() if k != 'epochs'} | fields)
+    learn = train(r, image_folder, tmp_path/'r')
+    assert {o['phase'] for o in learn.run_history.rows} == {'frozen', 'unfrozen'} and learn.model.entry is None
+    with pytest.raises(Killed): train(r, image_folder, tmp_path/'k', cbs=[KillAt(1, 0)])
+    again = resume_run(tmp_path/'k')
+    assert again.run_history.rows[-1]['phase'] == 'unfrozen'

@@ -89,7 +89,8 @@ class RunHistory(Callback):
     def after_train(self):
         "End the measurement, and let go of the data, which an exported learner should not hold."
         self.train_seconds = perf_counter() - self.train_start
-        self.waited, self.trained = self.timed.waited, True
+        # what KeepMaps computes between batches is no waiting
+        self.waited, self.trained = self.timed.waited - getattr(getattr(self.learn, 'keep_maps', None), 'seconds', 0.), True
         del self.timed
 
     def after_epoch(self):

@@ -306,6 +306,14 @@ class MultiScaleModel(nn.Sequential):
         super().__init__(body, head)
         self.config = config or {}
 
+    entry = None # a `StageEntry`: what it takes in the place of images, for a training whose first stages rest
+
+    def forward(self,
+        x: torch.Tensor # (B, in_chans, H, W) images, or what `entry` takes
+    ) -> torch.Tensor: # (B, n_out) logits
+        "Images to logits."
+        return self.entry(self, x) if self.entry is not None and self.entry.takes(x) else super().forward(x)
+
     def forward_spatial(self,
         x: torch.Tensor # (B, in_chans, H, W) images
     ) -> torch.Tensor: # (B, n_out) logits
