@@ -212,6 +212,6 @@ def test_a_training_on_maps_under_a_budget_ends_and_resumes(image_folder, tmp_pa
     r = Recipe.from_dict({k: v for k, v in tiny.items() if k != 'epochs'} | fields)
     learn = train(r, image_folder, tmp_path/'r')
     assert {o['phase'] for o in learn.run_history.rows} == {'frozen', 'unfrozen'} and learn.model.entry is None
-    with pytest.raises(Killed): train(r, image_folder, tmp_path/'k', cbs=[KillAt(1, 0)])
+    with pytest.raises(Killed): train(r, image_folder, tmp_path/'k', cbs=[KillAt(2, 0)])
     again = resume_run(tmp_path/'k')
     assert again.run_history.rows[-1]['phase'] == 'unfrozen'
