@@ -132,7 +132,8 @@ def predict_folder(
     if bad: _report_bad(bad, len(files), on_bad)
     p, i = probs.topk(top_k, dim=1)
     labels, p = [[classes[o] for o in col] for col in i.T.tolist()], p.numpy().round(6)
-    df = pd.DataFrame({'image_name': _image_names(good, folder), 'pred_label': labels[0]})
+    # as objects: where pyarrow is installed, pandas' own strings hold no file name that is not UTF-8
+    df = pd.DataFrame({'image_name': pd.Series(_image_names(good, folder), dtype=object), 'pred_label': labels[0]})
     if len(odd := df.image_name[df.image_name.str.startswith(formula_starts)]):
         print(f"warning: {counted(len(odd), 'image name')} such as {odd.iloc[0]!r} would be a formula to a spreadsheet: "
               "open the CSV there as text", file=sys.stderr)

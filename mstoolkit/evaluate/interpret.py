@@ -142,7 +142,7 @@ def prediction_table(
     "The table of `valid_predictions` from probabilities at hand."
     vocab, i, y = np.asarray(learn.dls.vocab, dtype=object), probs.argmax(1).numpy(), y.numpy()
     names = _image_names(dl, len(y), getattr(learn.dls, 'path', '.'))
-    return pd.DataFrame(dict(image=names, label=vocab[y].astype(str), pred_label=vocab[i].astype(str),
+    return pd.DataFrame(dict(image=pd.Series(names, dtype=object), label=vocab[y].astype(str), pred_label=vocab[i].astype(str),
                              confidence=probs.max(1)[0].numpy(), label_confidence=probs[range(len(y)), y].numpy()))
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #e9d746e1

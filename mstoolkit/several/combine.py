@@ -274,7 +274,7 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
     source.kept_in(out).save(run_file(out, 'source'))
     root, i = Path(source.path), own.argmax(1)
     image = [o.path.relative_to(root).as_posix() if o.path.is_relative_to(root) else str(o.path) for o in va]
-    df = pd.DataFrame(dict(image=image, label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
+    df = pd.DataFrame(dict(image=pd.Series(image, dtype=object), label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
                            confidence=own.max(1), label_confidence=own[np.arange(len(i)), s.y]))
     write_text(run_file(out, 'preds'), df.to_csv(index=False))
     about = ("Each image is answered by what was chosen without it and its fifth of the images; the model file holds "
