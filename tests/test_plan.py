@@ -60,6 +60,16 @@ def test_the_length_of_a_training_decides_on_mixing():
         for passes in .5, 6, 60: Recipe.from_dict(training_fields(facts(), pretrained, passes) | dict(minutes=5))
 
 
+def test_short_trainings_keep_maps_of_networks_that_can_be_entered(ranked, image_folder):
+    lite, swin = 'tf_efficientnet_lite0.in1k', next(o for o in candidates if 'vit' in o or 'swin' in o)
+    for name, epochs, given, kept, frozen in ((lite, 1., {}, 2, 4), (lite, 3., {}, 2, 3), (lite, 5., {}, 0, 2), (lite, 9., {}, 0, 0),
+                                              (lite, 1., dict(cutmix=.5), 0, 4), (lite, 1., dict(frozen_stages=0), 0, 0), (swin, .3, {}, 0, 3)):
+        ranked((name, epochs, Weights('file', 'w.pth')))
+        r, told = auto_recipe(image_folder, minutes=5, **dict(size=224) | given)
+        assert (r.keep_maps, r.frozen_stages) == (kept, frozen), (name, epochs, given)
+        assert ('their maps kept' in told[-1]) == bool(kept)
+
+
 def test_takes_the_best_that_is_at_hand(ranked, image_folder):
     best, light = 'convnext_tiny.in12k_ft_in1k', 'tf_efficientnet_lite0.in1k'
     ranked((light, 90., Weights('file', 'lite0.pth')), (best, 20., Weights('cache', 'x')))

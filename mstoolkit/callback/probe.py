@@ -132,7 +132,7 @@ class FreezeStages(Callback):
         if self.n >= groups: raise ValueError(f"{self.n} stages cannot be frozen, there are {groups-1}: give fewer")
         if self.opt.frozen_idx < self.n: self.learn.freeze_to(self.n)
 
-# %% ../../nbs/385_callback.probe.ipynb #de5e997b
+# %% ../../nbs/385_callback.probe.ipynb #55928069
 class _Maps(GetAttr):
     "A pass over the data as what a `StageEntry` takes; anything else asked of it, the loader answers."
     _default = 'dl'

@@ -63,7 +63,7 @@ def stage_splitter(
                          f"not a {type(body).__name__}")
     return [*_body_groups(body), list(head.parameters())]
 
-# %% ../../nbs/220_models.split.ipynb #1ff60bdf
+# %% ../../nbs/220_models.split.ipynb #c8c0f866
 def _in_order(net: nn.Module) -> list: # (name, module); nothing where the order is not known
     "The modules of a timm network of features that run one after the other."
     if isinstance(net, FeatureDictNet): return list(net.items())
