@@ -106,8 +106,10 @@ def _probed(passes: float, n_stages: int) -> dict:
     # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
     frozen = _frozen_stages(passes, n_stages)
     # a pass that makes its maps costs two that have them: a quarter of the passes do
-    keep = max(1, round(passes*_faster[frozen]/4)) if frozen >= 3 else 0
-    return dict(schedule='fine-tune', lr=2e-3, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
+    passes *= _faster[frozen]
+    keep = max(1, round(passes/4)) if frozen >= 3 else 0
+    # the larger rate first costs what the probe has found, and takes some passes to bring more than that
+    return dict(schedule='fine-tune', lr=2e-3 if passes >= 4 else 5e-4, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
                 frozen_stages=frozen, keep_maps=keep)
 
 def training_fields(
