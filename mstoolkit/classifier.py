@@ -8,7 +8,6 @@ Docs: https://mstoolkit.github.io/mstoolkit/classifier.html.md"""
 __all__ = ['FORMAT', 'ModelHeader', 'read_header', 'Classifier', 'average_models', 'change_header', 'model_digest']
 
 # %% ../nbs/620_classifier.ipynb #335be980
-import hashlib
 import json
 import math
 import shlex
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import __version__
-from .core import atomic_path, choice, natural_key
+from .core import atomic_path, choice, file_digest, natural_key
 from .data.image import Picture, pixels_of, scale_shift
 from .data.workers import end_loader, start_loader, worker_deaths
 from .models.arithmetic import precisions
@@ -398,7 +397,4 @@ def model_digest(
     path: str|Path # a model file, or a run folder that holds `model.safetensors`
 ) -> str: # 16 hexadecimal digits
     "A fingerprint of a model file, weights and header."
-    h = hashlib.sha256()
-    with _model_file(path).open('rb') as f:
-        while block := f.read(1 << 20): h.update(block)
-    return h.hexdigest()[:16]
+    return file_digest(_model_file(path))

@@ -310,7 +310,7 @@ def decode_all(
             with overheard() as said: out = list(ex.map(f, some))
             yield from (map(f, some) if said else out)
 
-# %% ../../nbs/110_data.image.ipynb #5e2fe887
+# %% ../../nbs/110_data.image.ipynb #3856135d
 def shrink(
     im: np.ndarray, # uint8 H×W×3
     hw: tuple[int, int] # height, width
@@ -324,7 +324,7 @@ def shrink(
         im = cv2.resize(im[:h*ky, :w*kx], (w, h), interpolation=cv2.INTER_AREA)
     return im if im.shape[:2] == tuple(hw) else cv2.resize(im, hw[::-1], interpolation=cv2.INTER_LINEAR)
 
-# %% ../../nbs/110_data.image.ipynb #fe2e183a
+# %% ../../nbs/110_data.image.ipynb #8f452cdf
 Picture = str|Path|bytes|np.ndarray|Image.Image # what can be classified: where a file is, its content, or pixels as for `to_rgb`
 
 def pixels_of(
@@ -332,10 +332,10 @@ def pixels_of(
     sizes: Sequence[int] # sides in pixels
 ) -> list[np.ndarray]: # uint8 side×side×3 for each
     "The pixels of an image as networks of these sizes take them."
+    if isinstance(o, np.ndarray) and not o.size: raise ValueError(f"an image of shape {o.shape} has nothing to see")
     if isinstance(o, Image.Image): whole = [pil_rgb(o)]*len(sizes)
     elif isinstance(o, np.ndarray): whole = [to_rgb(o)]*len(sizes)
     elif isinstance(o, (bytes, bytearray, memoryview)): whole = [decode_image(bytes(o), s) for s in sizes]
     elif isinstance(o, (str, Path)): whole = [read_image(o, s) for s in sizes]
     else: raise ValueError(f"an image is a path, a file's bytes, an array or a PIL image, not a {type(o).__name__}")
-    if 0 in whole[0].shape: raise ValueError(f"an image of {whole[0].shape[1]} × {whole[0].shape[0]} pixels has nothing to see")
     return [shrink(im, (s, s)) for im, s in zip(whole, sizes)]

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.web.html.md"""
 # %% auto #0
 __all__ = ['runtime_files', 'render_page', 'write_page']
 
-# %% ../../nbs/905_ship.web.ipynb #a78aa232
+# %% ../../nbs/905_ship.web.ipynb #c82c58fb
 import base64
 import hashlib
 import json
@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ..core import counted
 from .runner import ShippedHeader, confidence_words
 
-# %% ../../nbs/905_ship.web.ipynb #552cf54e
+# %% ../../nbs/905_ship.web.ipynb #bfe6ea54
 _policies = { # besides nothing at all
     'serve': "connect-src 'self'; script-src {script}",
     'web': "connect-src 'self'; script-src 'self' 'wasm-unsafe-eval' {script}"}
@@ -54,7 +54,7 @@ def render_page(
         facts=f"{h.network[:1].upper()}{h.network[1:]}, {' and '.join(map(str, h.sizes))} px, version {h.version}.")
     return page, policy
 
-# %% ../../nbs/905_ship.web.ipynb #5adcdbd8
+# %% ../../nbs/905_ship.web.ipynb #a7259b23
 runtime_files = 'ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm' # of onnxruntime-web
 
 def write_page(
