@@ -400,7 +400,7 @@ def convert(
     clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=names, size=size)
     print(f"{clf.save(out)}: {clf.header.config['head']} head on {backbone}, {len(clf.header.classes)} classes")
 
-# %% ../nbs/810_cli.ipynb #7ffbd62a
+# %% ../nbs/810_cli.ipynb #aee94fec
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="run folder, or model file")],
@@ -427,7 +427,7 @@ def export(
     done = run(model, out, format=format, maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
     print(*done.lines(), sep='\n')
 
-# %% ../nbs/810_cli.ipynb #ee8b258e
+# %% ../nbs/810_cli.ipynb #17ce59e2
 @app.command()
 def serve(
     model: Annotated[Path, typer.Argument(

@@ -211,7 +211,7 @@ def new_folder(
             shutil.rmtree(first, ignore_errors=True)
         raise
 
-# %% ../nbs/010_core.ipynb #8c44a33d
+# %% ../nbs/010_core.ipynb #2991d7fd
 @contextlib.contextmanager
 def atomic_folder(
     path: str|Path # the folder to make: see `check_new`

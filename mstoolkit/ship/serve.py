@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #7bfffdaf
+# %% ../../nbs/920_ship.serve.ipynb #1f30b02a
 import asyncio
 import contextlib
 import os
@@ -29,7 +29,7 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #06a12048
+# %% ../../nbs/920_ship.serve.ipynb #c2cdc6d8
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder or a model file
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
@@ -49,7 +49,7 @@ def open_to_serve(
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #3c9334d1
+# %% ../../nbs/920_ship.serve.ipynb #e76c0a74
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -68,7 +68,7 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {'0 or more' if f.name == 'wait_ms' else 'more than 0'}")
 
-# %% ../../nbs/920_ship.serve.ipynb #0efb17da
+# %% ../../nbs/920_ship.serve.ipynb #96b56396
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -123,7 +123,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #9bd662e8
+# %% ../../nbs/920_ship.serve.ipynb #72feed88
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -163,7 +163,7 @@ def multipart_files(
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #1652f0f8
+# %% ../../nbs/920_ship.serve.ipynb #0ffbde26
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -181,7 +181,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #25ef5cf0
+# %% ../../nbs/920_ship.serve.ipynb #834136e9
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -276,7 +276,7 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #b4799ef9
+# %% ../../nbs/920_ship.serve.ipynb #abf63890
 _about = dict(
     summary='Name what is in pictures', description='Send a picture as the body, or several as files of a multipart form. The answer has a '
     'prediction for each, in order: label, confidence, words for it, the most probable classes, and with maps=1, where the model '
@@ -351,7 +351,25 @@ def make_app(
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #129ac91c
+# %% ../../nbs/920_ship.serve.ipynb #3c689905
+@contextlib.contextmanager
+def _libraries_hushed():
+    "Python's standard error goes on; what C libraries write of clients' damaged pictures goes nowhere, or anybody could fill a log."
+    try: kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError: kept = -1 # it is closed
+    if kept < 0:
+        yield
+        return
+    sys.stderr.flush()
+    before, sys.stderr = sys.stderr, open(os.dup(kept), 'w', buffering=1, errors='backslashreplace')
+    os.dup2(null, 2)
+    try: yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = before
+        os.dup2(kept, 2)
+        for o in (kept, null): os.close(o)
+
 def serve(
     model: str|Path|Runner, # what to serve: see `open_to_serve`
     *,
@@ -376,6 +394,7 @@ def serve(
                                            timeout_graceful_shutdown=int(limits.seconds)+5, lifespan='on'))
     # it raises the signal again when it has stopped, which would end the process before it could say that all went well
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
-    try: server.run(sockets=[sock])
+    try:
+        with _libraries_hushed(): server.run(sockets=[sock])
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
