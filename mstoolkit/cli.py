@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Plugin', 'plain_options', 'train_command', 'distill', 'predict', 'views', 'combine', 'submit', 'check',
-           'convert', 'export', 'serve', 'ablate', 'report', 'backbones', 'params', 'data', 'demo', 'main']
+           'convert', 'export', 'serve', 'card', 'ablate', 'report', 'backbones', 'params', 'data', 'demo', 'main']
 
 # %% ../nbs/810_cli.ipynb #0f234a9b
 import inspect
@@ -400,7 +400,7 @@ def convert(
     clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=names, size=size)
     print(f"{clf.save(out)}: {clf.header.config['head']} head on {backbone}, {len(clf.header.classes)} classes")
 
-# %% ../nbs/810_cli.ipynb #aee94fec
+# %% ../nbs/810_cli.ipynb #8a53fe78
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="run folder, or model file")],
@@ -427,7 +427,7 @@ def export(
     done = run(model, out, format=format, maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
     print(*done.lines(), sep='\n')
 
-# %% ../nbs/810_cli.ipynb #17ce59e2
+# %% ../nbs/810_cli.ipynb #62050b60
 @app.command()
 def serve(
     model: Annotated[Path, typer.Argument(
@@ -450,6 +450,22 @@ def serve(
     from mstoolkit.ship.serve import serve as run
     limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, max_waiting=max_waiting, seconds=seconds, batch=batch, wait_ms=wait_ms)
     run(model, host=host, port=port, token=token, limits=limits, threads=threads)
+
+# %% ../nbs/810_cli.ipynb #b70fb992
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="run folder, or folder of several models")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    name: Annotated[str, typer.Option(help="name of the model; the folder's, where nothing is said")] = '',
+    license: Annotated[str, typer.Option(help="as the hub abbreviates it: apache-2.0, cc-by-4.0 …")] = '',
+    maps: Annotated[bool, typer.Option('--maps', help="let the ONNX file give the exact map of each scale, too")] = False,
+    plugin: Plugin = None,
+):
+    "Write a folder for the Hugging Face hub: model, ONNX file, model card and picture, ready for hf upload."
+    _folder(run)
+    check_new(out, 'folder')
+    from mstoolkit.ship.card import write_card
+    print(f"{write_card(run, out, name=name, license=license, maps=maps)}: hf upload OWNER/{name or out.name} {out}")
 
 # %% ../nbs/810_cli.ipynb #bc682c2e
 @app.command()

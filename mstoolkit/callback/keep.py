@@ -7,13 +7,13 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.keep.html.md"""
 # %% auto #0
 __all__ = ['KeepModel']
 
-# %% ../../nbs/625_callback.keep.ipynb #75c90d80
+# %% ../../nbs/625_callback.keep.ipynb #f0a469ad
 from fastai.torch_core import rank_distrib
 
 from .tracker import KeepBest
 from ..classifier import Classifier
 
-# %% ../../nbs/625_callback.keep.ipynb #4a4fe75e
+# %% ../../nbs/625_callback.keep.ipynb #15272b2d
 class KeepModel(KeepBest):
     "`KeepBest` whose file is a whole model file: the best weights with class names, size and normalisation."
     def _save(self):

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #1f30b02a
+# %% ../../nbs/920_ship.serve.ipynb #114021f6
 import asyncio
 import contextlib
 import os
@@ -29,7 +29,7 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #c2cdc6d8
+# %% ../../nbs/920_ship.serve.ipynb #f69f343b
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder or a model file
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
@@ -49,7 +49,7 @@ def open_to_serve(
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #e76c0a74
+# %% ../../nbs/920_ship.serve.ipynb #518b2f9c
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -68,7 +68,7 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {'0 or more' if f.name == 'wait_ms' else 'more than 0'}")
 
-# %% ../../nbs/920_ship.serve.ipynb #96b56396
+# %% ../../nbs/920_ship.serve.ipynb #240fd5c2
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -123,7 +123,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #72feed88
+# %% ../../nbs/920_ship.serve.ipynb #7b50a6ed
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -163,7 +163,7 @@ def multipart_files(
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #0ffbde26
+# %% ../../nbs/920_ship.serve.ipynb #dff214c6
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -181,7 +181,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #834136e9
+# %% ../../nbs/920_ship.serve.ipynb #4c630492
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -276,7 +276,7 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #abf63890
+# %% ../../nbs/920_ship.serve.ipynb #e586b611
 _about = dict(
     summary='Name what is in pictures', description='Send a picture as the body, or several as files of a multipart form. The answer has a '
     'prediction for each, in order: label, confidence, words for it, the most probable classes, and with maps=1, where the model '
@@ -351,7 +351,7 @@ def make_app(
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #3c689905
+# %% ../../nbs/920_ship.serve.ipynb #9c82d6e4
 @contextlib.contextmanager
 def _libraries_hushed():
     "Python's standard error goes on; what C libraries write of clients' damaged pictures goes nowhere, or anybody could fill a log."
