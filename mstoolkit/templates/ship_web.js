@@ -38,7 +38,7 @@ function linear({h, w, data}, H, W) {
   });
   return {h: H, w: W, data: out};
 }
-export function resized(im, size) {
+function resized(im, size) {
   let ky = Math.max(1, Math.floor(im.h/size)), kx = Math.max(1, Math.floor(im.w/size));
   if (Math.max(ky, kx) < 3*Math.min(ky, kx)) ky = kx = Math.min(ky, kx);
   if (ky > 1 || kx > 1) im = blocks(im, ky, kx);
@@ -69,6 +69,6 @@ async function ask(file, im) {
   return {classes: ranked, maps, ms: performance.now() - start, all: p};
 }
 // for other programs on this page, and for tests: the probabilities of a file, in the order of the classes
-window.mstoolkit = {header: HEADER, probabilities: async file => (await ask(file, await picture(file))).all};
+window.mstoolkit = {header: HEADER, resized, probabilities: async file => (await ask(file, await picture(file))).all};
 opened = open(); // while the picture is being chosen
 opened.catch(() => { opened = null; });
