@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.card.html.md"""
 # %% auto #0
 __all__ = ['card_text', 'write_card']
 
-# %% ../../nbs/930_ship.card.ipynb #c8858df7
+# %% ../../nbs/930_ship.card.ipynb #1da723a2
 from dataclasses import replace
 from pathlib import Path
 import shutil
@@ -22,18 +22,19 @@ from ..report import run_warnings
 from ..runs import Run, Several, run_files
 from .export import Exported, export
 
-# %% ../../nbs/930_ship.card.ipynb #f49f9e76
+# %% ../../nbs/930_ship.card.ipynb #2110513b
 def _metadata(run: Run, name: str, license: str, onnx: bool) -> str: # YAML between two lines of ---
     "The card's head."
     from huggingface_hub import EvalResult, ModelCardData
     h = read_header(run.path)
     backbones = list(dict.fromkeys(m['config']['backbone'] for m in h.members or [dict(config=h.config)]))
     base = [f'timm/{o}' for o in backbones if '.' in o] # with a tag it names a repository
-    found = EvalResult(task_type='image-classification', dataset_type='imagefolder', dataset_name=Path(run.source.path).name or 'images',
-                       dataset_split='validation', metric_type='accuracy', metric_name='Accuracy', metric_value=round(run.accuracy, 4))
-    data = ModelCardData(model_name=name, library_name='mstoolkit', pipeline_tag='image-classification', license=license or None,
+    task, images = 'image-classification', Path(run.source.path).name or 'images'
+    found = EvalResult(task_type=task, dataset_type='imagefolder', dataset_name=images, dataset_split='validation',
+                       metric_type='accuracy', metric_name='Accuracy', metric_value=round(run.accuracy, 4))
+    data = ModelCardData(model_name=name, library_name='mstoolkit', pipeline_tag=task, license=license or None,
                          base_model=base or None, metrics=['accuracy'], eval_results=[found],
-                         tags=['image-classification', 'mstoolkit', 'timm', *(['onnx'] if onnx else []), *backbones])
+                         tags=[task, 'mstoolkit', 'timm', *(['onnx'] if onnx else []), *backbones])
     return f'---\n{data.to_yaml()}\n---\n'
 
 def _cell(text) -> str: return str(text).replace('|', r'\|').replace('\n', ' ') # of a table in Markdown
@@ -54,8 +55,10 @@ def _data(run: Run) -> list[str]:
     per = d.get('train_per_class') or []
     spread = f', {min(per)} to {max(per)} a class' if per else ''
     counts = f"{counted(d['train'], 'training image')}{spread}" if 'train' in d else 'training images'
-    held = f'fold {s.fold} of {s.folds}' if s.folds else 'their own folder or list' if s.valid and s.valid != 'none' else 'held out at random'
-    augment = [] if isinstance(run, Several) else [f'augmentation: {run.recipe.augment}; images of {run.recipe.size} px']
+    own = 'a folder or list of their own' if s.valid and s.valid != 'none' else 'held out at random'
+    held = f'fold {s.fold} of {s.folds}' if s.folds else own
+    r = None if isinstance(run, Several) else run.recipe
+    augment = [f'augmentation: {r.augment}; images of {r.size} px'] if r else []
     return [f"{counts} of {run.preds.label.nunique()} classes, from a folder called {Path(s.path).name!r}",
             f"{counted(len(run.preds), 'validation image')} ({held})", *augment, *map(str, d.get('warnings', []))]
 
@@ -68,16 +71,21 @@ def card_text(
     "The model card."
     h, low, high = done.header, *accuracy_interval(run.correct.to_numpy())
     pairs, best = confusion_pairs(run.preds), run.env.get('best_epoch')
-    worst = '; '.join(f'{a} taken for {b}, {n} times' for a, b, n in zip(pairs.label[:3], pairs.pred_label, pairs.n)) or 'none'
+    mistakes = zip(pairs.label[:3], pairs.pred_label, pairs.n)
+    worst = '; '.join(f'{a} taken for {b}, {n} times' for a, b, n in mistakes) or 'none'
     env = Environment(loader=PackageLoader('mstoolkit'), autoescape=False, keep_trailing_newline=True)
-    limits = [] if isinstance(run, Several) else [o for o in run_warnings(run) if o not in run.env.get('data', {}).get('warnings', [])]
+    one = not isinstance(run, Several)
+    said = run.env.get('data', {}).get('warnings', [])
+    limits = [o for o in run_warnings(run) if o not in said] if one else []
     body = env.get_template('ship_card.md').render(
-        name=name, summary=f"{h.network[:1].upper()}{h.network[1:]}: names one of {len(h.classes)} classes for a picture.", worst=worst,
+        name=name, worst=worst,
+        summary=f"{h.network[:1].upper()}{h.network[1:]}: names one of {len(h.classes)} classes for a picture.",
         n=f'{len(run.preds):,}', accuracy=f'{run.accuracy:.1%}', low=f'{low:.1%}', high=f'{high:.1%}', rows=_rows(run),
-        chosen='The epoch was chosen on them, which flatters.' if best and not isinstance(run, Several) and len(run.history) > 1 else '',
-        calibration=run.env.get('calibration', {}).get('lines') or ['Not calibrated.'], size=' and '.join(map(str, h.sizes)),
-        onnx=Path(run_files['onnx']).name, onnx_mb=f'{done.compared.mb:.1f}', data=_data(run), limits=limits, n_classes=len(h.classes),
-        compared='The ONNX file was '+done.compared.lines()[0]+'.', classes=', '.join(f'`{o}`' for o in h.classes), recipe=_recipe(run), version=h.version,
+        chosen='The epoch was chosen on them, which flatters.' if best and one and len(run.history) > 1 else '',
+        calibration=run.env.get('calibration', {}).get('lines') or ['Not calibrated.'],
+        size=' and '.join(map(str, h.sizes)), onnx=Path(run_files['onnx']).name, onnx_mb=f'{done.compared.mb:.1f}',
+        data=_data(run), limits=limits, n_classes=len(h.classes), classes=', '.join(f'`{o}`' for o in h.classes),
+        compared=f'The ONNX file was {done.compared.lines()[0]}.', recipe=_recipe(run), version=h.version,
         versions=', '.join(f'{k} {v}' for k, v in h.versions.items()))
     return _metadata(run, name, license, True) + body
 

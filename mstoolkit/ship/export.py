@@ -1,4 +1,4 @@
-"""One graph from pixels to probabilities, for ONNX, OpenVINO, torch.export and the browser, left on the disk only if it gives the same answers
+"""One graph from pixels to probabilities, for ONNX, OpenVINO and browsers, left there only if it gives the same answers
 
 Docs: https://mstoolkit.github.io/mstoolkit/ship.export.html.md"""
 
@@ -8,18 +8,15 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.export.html.md"""
 __all__ = ['bounds', 'half_bound', 'most_images', 'formats', 'ShippedNetwork', 'onnx_model', 'TorchExported', 'TorchModel',
            'Compared', 'compare', 'shipped_header', 'Exported', 'default_out', 'export', 'no_maps']
 
-# %% ../../nbs/910_ship.export.ipynb #22f2db12
+# %% ../../nbs/910_ship.export.ipynb #8693e32d
 import contextlib
 import io
 import json
 import logging
-import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -32,7 +29,7 @@ from torch import nn
 from ..classifier import Classifier, model_digest
 from ..core import atomic_folder, atomic_path, check_new, choice, counted
 from ..data.core import settled_samples
-from ..data.image import Picture, pixels_of, scale_shift
+from ..data.image import pixels_of, scale_shift
 from ..data.sources import image_files
 from ..evaluate.attribution import added_maps, logit_maps
 from ..evaluate.calibration import least_images
@@ -44,7 +41,7 @@ from ..runs import Run, Several, read_env, run_file, run_files
 from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches
 from .web import write_page
 
-# %% ../../nbs/910_ship.export.ipynb #06fb5b8f
+# %% ../../nbs/910_ship.export.ipynb #e04eea72
 class ShippedNetwork(nn.Module):
     "A classifier from uint8 pixels to probabilities, in evaluation mode."
     def __init__(self,
@@ -112,7 +109,7 @@ def _n_maps(net: nn.Module) -> int:
     "How many scales the head of a network uses: a plain head the last alone."
     return len(net[1].channels) if hasattr(net[1], 'channels') else 1
 
-# %% ../../nbs/910_ship.export.ipynb #d8f304e3
+# %% ../../nbs/910_ship.export.ipynb #e0911ce0
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     "Without the exporters' own telling, which is about their insides."
@@ -144,12 +141,13 @@ def _describe(model, header: ShippedHeader):
                 size=','.join(map(str, header.sizes)))
     del model.metadata_props[:]
     for k, v in said.items(): model.metadata_props.add(key=k, value=v)
-    model.producer_name, model.doc_string = 'mstoolkit', f'{header.network}: uint8 pixels to probabilities of {len(header.classes)} classes'
+    model.producer_name = 'mstoolkit'
+    model.doc_string = f'{header.network}: uint8 pixels to probabilities of {len(header.classes)} classes'
 
 def _onnx():
     try: import onnx, onnxruntime, onnxscript # noqa: E401, F401
     except ImportError as e:
-        raise ImportError(f"export needs onnx, onnxscript and onnxruntime, and one is not installed: pip install mstoolkit[onnx] ({e})") from e
+        raise ImportError(f"export needs onnx, onnxscript and onnxruntime: pip install mstoolkit[onnx] ({e})") from e
     return onnx
 
 def onnx_model(
@@ -169,7 +167,7 @@ def _save_onnx(made, header: ShippedHeader, file: Path):
     _describe(made, header)
     file.write_bytes(made.SerializeToString())
 
-# %% ../../nbs/910_ship.export.ipynb #3dfaf7da
+# %% ../../nbs/910_ship.export.ipynb #acbff60f
 _half_keeps = ['Softmax', 'ArgMax', 'Equal', 'ReduceMean', 'LayerNormalization'] # what would lose too much in 16 bits
 
 def _onnx_half(made):
@@ -238,7 +236,7 @@ class TorchExported(Runner):
         return {k: v.numpy() for k, v in zip(self.outputs, out)}
 
 class TorchModel(Runner):
-    "A classifier as it was trained, with the same interface: what exported files are compared with, and served where there is none."
+    "A classifier as it was trained, with the same interface."
     def __init__(self,
         clf: Classifier, # of one network or of several, on the CPU
         header: ShippedHeader, # what is said of it
@@ -253,7 +251,7 @@ class TorchModel(Runner):
         with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
         return {k: v.numpy() for k, v in zip(self.model.output_names, out)}
 
-# %% ../../nbs/910_ship.export.ipynb #bd7dd510
+# %% ../../nbs/910_ship.export.ipynb #8f766ad3
 # format → largest difference of a probability from PyTorch's; and for 16 bits
 bounds = {'onnx': 1e-4, 'openvino': 1e-3, 'torch-export': 1e-4, 'web': 1e-4}
 half_bound = .02
@@ -280,15 +278,17 @@ class Compared:
         "What was found."
         n = len(self.changed)
         some = f": {'; '.join(self.changed[:3])}" + (' …' if n > 3 else '') if n else ''
-        out = [f"compared with PyTorch on {counted(self.images, 'image')}, file to answer, in batches of 1, 2 and 7: largest difference of a "
-               f"probability {self.largest:.1e}{f' (bound {self.bound:g})' if self.bound else ''}, "
+        bound = f' (bound {self.bound:g})' if self.bound else ''
+        out = [f"compared with PyTorch on {counted(self.images, 'image')}, file to answer, in batches of 1, 2 and 7: "
+               f"largest difference of a probability {self.largest:.1e}{bound}, "
                f"{counted(n, 'answer') if n else 'no answer'} changed{some}"]
         if self.drop and self.accuracy:
             d, low, high = self.drop
             out.append(f"accuracy {self.accuracy[0]:.1%} before and {self.accuracy[1]:.1%} after: "
                        f"{d:+.2f} points ({low:+.2f} to {high:+.2f}, paired, 95 %)".replace('-', '−'))
-        return [*out, f"{self.mb:.1f} MB; one image in {self.ms[0]:.1f} ms (PyTorch {self.ms[1]:.1f}), {self.per_second[0]:,.0f} images/s in "
-                      f"batches of 32 (PyTorch {self.per_second[1]:,.0f}), on {counted(torch.get_num_threads(), 'thread')} of this machine"]
+        return [*out, f"{self.mb:.1f} MB; one image in {self.ms[0]:.1f} ms (PyTorch {self.ms[1]:.1f}), {self.per_second[0]:,.0f} "
+                      f"images/s in batches of 32 (PyTorch {self.per_second[1]:,.0f}), "
+                      f"on {counted(torch.get_num_threads(), 'thread')} of this machine"]
 
 def _seconds(run: Callable, pixels: list, most: float = 1.) -> float:
     "How long a batch takes, for about so many seconds."
@@ -333,7 +333,7 @@ def compare(
     speed = _speed(runner, TorchModel(clf, runner.header))
     return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, **speed, **found)
 
-# %% ../../nbs/910_ship.export.ipynb #f26210c9
+# %% ../../nbs/910_ship.export.ipynb #c16d725d
 most_images = 1000 # that are compared on
 
 def _spread(items: list, n: int) -> list: # at most `n`, evenly
@@ -375,7 +375,7 @@ def shipped_header(
                          temperature=h.temperature, metrics=h.metrics, versions=h.versions,
                          network=f'{counted(len(h.members), "network")}, the first a {one}' if h.members else one)
 
-# %% ../../nbs/910_ship.export.ipynb #6043641e
+# %% ../../nbs/910_ship.export.ipynb #6657756e
 formats = {'onnx': 'onnx', 'openvino': 'openvino', 'torch-export': 'torch_export', 'web': 'web'} # → key of `run_files`
 
 @dataclass(frozen=True)
@@ -394,12 +394,15 @@ class Exported:
 def _check_asked(format: str, maps: bool, half: bool, int8: bool, runtime):
     choice(format, formats, 'format')
     if half and int8: raise ValueError("--half and --int8 are two ways to fewer bits: choose one")
-    if int8 and maps: raise ValueError("--maps gives maps that sum to the logit exactly, which 8-bit numbers cannot: leave out --int8 or --maps")
+    if int8 and maps:
+        raise ValueError("--maps gives maps that sum to the logit exactly, which 8 bits cannot: leave out --int8 or --maps")
     if (half or int8) and format in ('torch-export', 'web'):
-        raise ValueError(f"--{'half' if half else 'int8'} works with the formats onnx and openvino: {format} has no such arithmetic here")
+        flag = 'half' if half else 'int8'
+        raise ValueError(f"--{flag} works with the formats onnx and openvino: {format} has no such arithmetic here")
     if bool(runtime) != (format == 'web'):
-        raise ValueError("--runtime names the folder of onnxruntime-web's files for --format web: " + ('leave it out' if runtime else
-                         "npm install onnxruntime-web@1.27, then --runtime node_modules/onnxruntime-web/dist"))
+        how = "npm install onnxruntime-web, then --runtime node_modules/onnxruntime-web/dist"
+        raise ValueError("--runtime names the folder of onnxruntime-web's files for --format web: "
+                         + ('leave it out' if runtime else how))
 
 def default_out(
     model: str|Path, # a model file or a run folder
@@ -453,7 +456,8 @@ def export(
     if maps and (why := no_maps(clf)): raise ValueError(why)
     out = check_new(out or default_out(model, format, 'half' if half else 'int8' if int8 else ''), 'exported model')
     files, labels = _images(model, Path(images) if images else None)
-    if int8 and labels is None: raise ValueError("--int8 is judged by accuracy, on the validation images of a run: leave out --images")
+    if int8 and labels is None:
+        raise ValueError("--int8 is judged by accuracy, on the validation images of a run: leave out --images")
     header, net = shipped_header(clf, model, maps), ShippedNetwork(clf, maps)
     batches = _calibration_batches(model, header.sizes) if int8 else None
     with _written(out, format) as tmp:
@@ -477,4 +481,5 @@ def _refuse(found: Compared, format: str, max_drop: float):
     "Raise a `ValueError` where a file must not be left."
     if not found.ok: raise ValueError(f"nothing is written, for {format} gives other answers here: {found.lines()[0]}")
     if found.drop and -found.drop[0] > max_drop:
-        raise ValueError(f"nothing is written, for 8 bits cost more than --max-drop {max_drop:g} points: {found.lines()[1]}")
+        raise ValueError(f"nothing is written, for 8 bits cost more than --max-drop {max_drop:g} points: "
+                         f"{found.lines()[1]}")

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #114021f6
+# %% ../../nbs/920_ship.serve.ipynb #39dc5490
 import asyncio
 import contextlib
 import os
@@ -29,7 +29,7 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #f69f343b
+# %% ../../nbs/920_ship.serve.ipynb #1648b58d
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder or a model file
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
@@ -49,7 +49,7 @@ def open_to_serve(
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #518b2f9c
+# %% ../../nbs/920_ship.serve.ipynb #2b28331b
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -68,7 +68,7 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {'0 or more' if f.name == 'wait_ms' else 'more than 0'}")
 
-# %% ../../nbs/920_ship.serve.ipynb #240fd5c2
+# %% ../../nbs/920_ship.serve.ipynb #cfa5e1e4
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -123,7 +123,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #7b50a6ed
+# %% ../../nbs/920_ship.serve.ipynb #77d20e4d
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -163,7 +163,7 @@ def multipart_files(
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #dff214c6
+# %% ../../nbs/920_ship.serve.ipynb #87f46545
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -181,7 +181,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #4c630492
+# %% ../../nbs/920_ship.serve.ipynb #b92abba0
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -196,8 +196,10 @@ class Service:
         self.requests = Counter('mstoolkit_requests', 'Requests to /predict, by the status they got', ['status'], registry=r)
         self.took = Histogram('mstoolkit_request_seconds', 'From first byte to answer', registry=r,
                               buckets=(.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20))
-        batches = Histogram('mstoolkit_batch_images', 'Pictures the network was given at once', registry=r, buckets=(1, 2, 4, 8, 16, 32, 64))
-        Gauge('mstoolkit_waiting_images', 'Pictures that were taken on and are not answered', registry=r).set_function(lambda: self.waiting)
+        batches = Histogram('mstoolkit_batch_images', 'Pictures the network was given at once', registry=r,
+                            buckets=(1, 2, 4, 8, 16, 32, 64))
+        waiting = Gauge('mstoolkit_waiting_images', 'Pictures that were taken on and are not answered', registry=r)
+        waiting.set_function(lambda: self.waiting)
         Gauge('mstoolkit_model', 'What is served', ['version'], registry=r).labels(runner.header.version).set(1)
         self.batcher = Batcher(runner, limits, batches.observe)
         self.decoders = ThreadPoolExecutor(os.cpu_count() or 1, 'decode')
@@ -246,7 +248,8 @@ class Service:
             size, kind = len(body), request.headers.get('content-type', '')
             files = multipart_files(bytes(body), kind) if kind.startswith('multipart/form-data') else [bytes(body)]
             if not files: raise Refused(422, 'there is no file in the form')
-            if len(files) > self.limits.max_images: raise Refused(413, f'this server takes up to {self.limits.max_images} pictures in a request')
+            if len(files) > (most := self.limits.max_images):
+                raise Refused(413, f'this server takes up to {most} pictures in a request')
             if self.waiting + len(files)-1 > self.limits.max_waiting and len(files) > 1: raise self._busy()
             self.waiting += len(files)-1
             n = len(files)
@@ -260,7 +263,8 @@ class Service:
             self.waiting -= n
             self.held -= size
         h = self.runner.header
-        return dict(model=dict(version=h.version, network=h.network, calibrated=h.calibrated), ms=round(1e3*(perf_counter()-start), 2), predictions=said)
+        what = dict(version=h.version, network=h.network, calibrated=h.calibrated)
+        return dict(model=what, ms=round(1e3*(perf_counter()-start), 2), predictions=said)
 
     def _said(self, out: dict, top: int, maps: bool) -> dict:
         a, h = answers(out['probabilities'][None], self.runner.header.classes)[0], self.runner.header
@@ -276,14 +280,22 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #e586b611
+# %% ../../nbs/920_ship.serve.ipynb #b90c260e
 _about = dict(
-    summary='Name what is in pictures', description='Send a picture as the body, or several as files of a multipart form. The answer has a '
-    'prediction for each, in order: label, confidence, words for it, the most probable classes, and with maps=1, where the model '
-    'has them, what each position of each scale added to the logit.')
+    summary='Name what is in pictures',
+    description='Send a picture as the body, or several as files of a multipart form. The answer has a prediction for each, in '
+    'order: label, confidence, words for it, the most probable classes, and with maps=1, where the model has them, what each '
+    'position of each scale added to the logit.')
 _answers = {
-    401: 'the access token is missing or wrong', 408: 'the request took too long to arrive', 413: 'too many bytes or pictures', 415: 'not an image',
-    422: 'a picture that cannot be read', 503: 'too many pictures wait: try again after Retry-After seconds'}
+    401: 'the access token is missing or wrong', 413: 'too many bytes or pictures', 415: 'not an image',
+    422: 'a picture that cannot be read',
+    503: 'too many pictures wait, or the answer took too long: try again after Retry-After seconds'}
+_files = dict(type='array', items=dict(type='string', format='binary'))
+_body = {'content': {'application/octet-stream': {'schema': dict(type='string', format='binary')},
+                     'multipart/form-data': {'schema': dict(type='object', properties=dict(files=_files))}}}
+
+def _lacking(e: ImportError) -> ImportError:
+    return ImportError(f"serve needs packages that are not installed: pip install mstoolkit[serve] ({e})")
 
 def make_app(
     service: Service # the model and its limits
@@ -295,7 +307,7 @@ def make_app(
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
         from starlette.requests import ClientDisconnect
         import python_multipart # noqa: F401
-    except ImportError as e: raise ImportError(f"serve needs packages that are not installed: pip install mstoolkit[serve] ({e})") from e
+    except ImportError as e: raise _lacking(e) from e
     limits, h = service.limits, service.runner.header
 
     @contextlib.asynccontextmanager
@@ -325,10 +337,8 @@ def make_app(
         if out.status_code in (413, 503): out.headers['Connection'] = 'close'
         return out
 
-    body = {'content': {'application/octet-stream': {'schema': dict(type='string', format='binary')}, 'multipart/form-data': {'schema': dict(
-        type='object', properties=dict(files=dict(type='array', items=dict(type='string', format='binary'))))}}}
     told = {k: dict(description=v) for k, v in _answers.items()}
-    app.post('/predict', openapi_extra=dict(requestBody=body), responses=told, **_about)(predict) # type: ignore[arg-type]
+    app.post('/predict', openapi_extra=dict(requestBody=_body), responses=told, **_about)(predict) # type: ignore[arg-type]
 
     @app.get('/healthz', summary='Whether it answers')
     async def healthz(): return JSONResponse(dict(status='ok', version=h.version, waiting=service.waiting), headers=safe)
@@ -344,17 +354,19 @@ def make_app(
     html = {**safe, 'X-Frame-Options': 'DENY', 'Referrer-Policy': 'no-referrer'}
 
     @app.get('/', include_in_schema=False)
-    async def index(): return HTMLResponse(page, headers={**html, 'Content-Security-Policy': policy+"; frame-ancestors 'none'"})
+    async def index(): return HTMLResponse(page, headers=html | {'Content-Security-Policy': policy+"; frame-ancestors 'none'"})
 
     @app.get('/docs', include_in_schema=False)
-    async def docs(): return HTMLResponse(ways, headers={**html, 'Content-Security-Policy': "default-src 'none'; style-src 'unsafe-inline'; img-src data:"})
+    async def docs():
+        bare = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+        return HTMLResponse(ways, headers=html | {'Content-Security-Policy': bare})
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #9c82d6e4
+# %% ../../nbs/920_ship.serve.ipynb #013952fb
 @contextlib.contextmanager
 def _libraries_hushed():
-    "Python's standard error goes on; what C libraries write of clients' damaged pictures goes nowhere, or anybody could fill a log."
+    "What C libraries say of damaged pictures goes nowhere, or any client could fill a log; Python's own words go on."
     try: kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     except OSError: kept = -1 # it is closed
     if kept < 0:
@@ -381,7 +393,7 @@ def serve(
 ):
     "Answer requests until a signal says to stop."
     try: import uvicorn
-    except ImportError as e: raise ImportError(f"serve needs packages that are not installed: pip install mstoolkit[serve] ({e})") from e
+    except ImportError as e: raise _lacking(e) from e
     runner = model if isinstance(model, Runner) else open_to_serve(model, threads)
     app = make_app(Service(runner, limits, token))
     sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
