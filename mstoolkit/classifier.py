@@ -118,7 +118,7 @@ def hub_file(
     address: str # hf://OWNER/NAME, or with a commit, tag or branch behind it: hf://OWNER/NAME@REVISION
 ) -> Path: # in the hub's cache on this machine
     "The model file of a repository of the Hugging Face hub, downloaded if it is not here."
-    m = re.fullmatch(r'hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', address) # a `Path` has one slash
+    m = re.fullmatch(r'hf:/{1,2}(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?', address) # a `Path` has one slash
     if m is None: raise ValueError(f"{address!r} is no address of a model: hf://OWNER/NAME, or hf://OWNER/NAME@REVISION")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

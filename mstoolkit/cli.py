@@ -51,7 +51,8 @@ _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
     head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'photo', 'strong', 'upright', 'shift'),
     device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
-    on_bad=('error', 'skip'), tta=('none', 'flip', 'sizes', 'flip+sizes'), format=('onnx', 'openvino', 'torch-export', 'web'), data=('navon', 'digits', 'fashion-mnist'))
+    on_bad=('error', 'skip'), tta=('none', 'flip', 'sizes', 'flip+sizes'), format=('onnx', 'openvino', 'torch-export', 'web'),
+    data=('navon', 'digits', 'fashion-mnist'))
 
 def _complete(names: tuple) -> Callable: # typer keeps those that begin as the word that was begun
     "What completes a word; where no name does, the shell goes on with files."
@@ -400,7 +401,7 @@ def convert(
     clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=names, size=size)
     print(f"{clf.save(out)}: {clf.header.config['head']} head on {backbone}, {len(clf.header.classes)} classes")
 
-# %% ../nbs/810_cli.ipynb #32c7dc53
+# %% ../nbs/810_cli.ipynb #50a21eaa
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="run folder, or model file")],
@@ -415,7 +416,8 @@ def export(
         help="folder of images to compare with PyTorch on; a run's validation images, where nothing is said")] = None,
     runtime: Annotated[Optional[Path], typer.Option(
         help="with --format web: folder of onnxruntime-web's files, dist of the npm package")] = None,
-    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of the comparison; the machine's, where nothing is said")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1,
+        help="CPU threads of the comparison; the machine's, where nothing is said")] = None,
     plugin: Plugin = None,
 ):
     "Write a model for ONNX, OpenVINO, torch.export or a browser, and leave it there only if it gives the same answers."
@@ -427,7 +429,7 @@ def export(
     done = run(model, out, format=format, maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
     print(*done.lines(), sep='\n')
 
-# %% ../nbs/810_cli.ipynb #8e9848c1
+# %% ../nbs/810_cli.ipynb #ddb70fbb
 @app.command()
 def serve(
     model: Annotated[Path, typer.Argument(
@@ -451,7 +453,7 @@ def serve(
     limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, max_waiting=max_waiting, seconds=seconds, batch=batch, wait_ms=wait_ms)
     run(model, host=host, port=port, token=token, limits=limits, threads=threads)
 
-# %% ../nbs/810_cli.ipynb #fc598277
+# %% ../nbs/810_cli.ipynb #bd5c0712
 @app.command()
 def card(
     run: Annotated[Path, typer.Argument(help="run folder, or folder of several models")],

@@ -7,13 +7,13 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.keep.html.md"""
 # %% auto #0
 __all__ = ['KeepModel']
 
-# %% ../../nbs/625_callback.keep.ipynb #f96992ec
+# %% ../../nbs/625_callback.keep.ipynb #da222a5e
 from fastai.torch_core import rank_distrib
 
 from .tracker import KeepBest
 from ..classifier import Classifier
 
-# %% ../../nbs/625_callback.keep.ipynb #aaf8ff8e
+# %% ../../nbs/625_callback.keep.ipynb #c7d82c49
 class KeepModel(KeepBest):
     "`KeepBest` whose file is a whole model file: the best weights with class names, size and normalisation."
     def _save(self):

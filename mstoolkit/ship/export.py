@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.export.html.md"""
 __all__ = ['bounds', 'half_bound', 'most_images', 'formats', 'ShippedNetwork', 'onnx_model', 'TorchExported', 'TorchModel',
            'Compared', 'compare', 'shipped_header', 'Exported', 'default_out', 'export', 'no_maps']
 
-# %% ../../nbs/910_ship.export.ipynb #8693e32d
+# %% ../../nbs/910_ship.export.ipynb #caf01c0b
 import contextlib
 import io
 import json
@@ -41,7 +41,7 @@ from ..runs import Run, Several, read_env, run_file, run_files
 from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches
 from .web import write_page
 
-# %% ../../nbs/910_ship.export.ipynb #e04eea72
+# %% ../../nbs/910_ship.export.ipynb #daaebcf5
 class ShippedNetwork(nn.Module):
     "A classifier from uint8 pixels to probabilities, in evaluation mode."
     def __init__(self,
@@ -109,7 +109,7 @@ def _n_maps(net: nn.Module) -> int:
     "How many scales the head of a network uses: a plain head the last alone."
     return len(net[1].channels) if hasattr(net[1], 'channels') else 1
 
-# %% ../../nbs/910_ship.export.ipynb #e0911ce0
+# %% ../../nbs/910_ship.export.ipynb #64497d34
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     "Without the exporters' own telling, which is about their insides."
@@ -167,7 +167,7 @@ def _save_onnx(made, header: ShippedHeader, file: Path):
     _describe(made, header)
     file.write_bytes(made.SerializeToString())
 
-# %% ../../nbs/910_ship.export.ipynb #acbff60f
+# %% ../../nbs/910_ship.export.ipynb #4ebf5f01
 _half_keeps = ['Softmax', 'ArgMax', 'Equal', 'ReduceMean', 'LayerNormalization'] # what would lose too much in 16 bits
 
 def _onnx_half(made):
@@ -251,7 +251,7 @@ class TorchModel(Runner):
         with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
         return {k: v.numpy() for k, v in zip(self.model.output_names, out)}
 
-# %% ../../nbs/910_ship.export.ipynb #8f766ad3
+# %% ../../nbs/910_ship.export.ipynb #1ce9e089
 # format → largest difference of a probability from PyTorch's; and for 16 bits
 bounds = {'onnx': 1e-4, 'openvino': 1e-3, 'torch-export': 1e-4, 'web': 1e-4}
 half_bound = .02
@@ -333,7 +333,7 @@ def compare(
     speed = _speed(runner, TorchModel(clf, runner.header))
     return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, **speed, **found)
 
-# %% ../../nbs/910_ship.export.ipynb #c16d725d
+# %% ../../nbs/910_ship.export.ipynb #b04d747b
 most_images = 1000 # that are compared on
 
 def _spread(items: list, n: int) -> list: # at most `n`, evenly
@@ -375,7 +375,7 @@ def shipped_header(
                          temperature=h.temperature, metrics=h.metrics, versions=h.versions,
                          network=f'{counted(len(h.members), "network")}, the first a {one}' if h.members else one)
 
-# %% ../../nbs/910_ship.export.ipynb #6657756e
+# %% ../../nbs/910_ship.export.ipynb #3c5b7efa
 formats = {'onnx': 'onnx', 'openvino': 'openvino', 'torch-export': 'torch_export', 'web': 'web'} # → key of `run_files`
 
 @dataclass(frozen=True)
@@ -412,6 +412,7 @@ def default_out(
     "Where an exported model is written when nothing is said: into the run folder, or beside the model file."
     name = Path(run_files[formats[format]])
     name = Path(f"{name.stem}{'-' if how else ''}{how}{name.suffix}")
+    if str(model).startswith('hf:/'): return name # here
     model = Path(model)
     return model/name if model.is_dir() else model.with_name(model.stem + name.name.removeprefix('model'))
 

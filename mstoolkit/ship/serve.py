@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #39dc5490
+# %% ../../nbs/920_ship.serve.ipynb #547c6dd9
 import asyncio
 import contextlib
 import os
@@ -29,12 +29,15 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #1648b58d
+# %% ../../nbs/920_ship.serve.ipynb #44719fec
 def open_to_serve(
-    model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder or a model file
+    model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder, a model file or an address of the hub
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
 ) -> Runner:
     "Open a model in whichever form it is there."
+    if str(model).startswith('hf:/'):
+        from mstoolkit.classifier import hub_file
+        model = hub_file(str(model))
     model = Path(model)
     if model.suffix in runners: return open_exported(model, threads)
     if not model.exists(): raise FileNotFoundError(f"there is no model {str(model)!r}")
@@ -49,7 +52,7 @@ def open_to_serve(
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #2b28331b
+# %% ../../nbs/920_ship.serve.ipynb #daf09f34
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -68,7 +71,7 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {'0 or more' if f.name == 'wait_ms' else 'more than 0'}")
 
-# %% ../../nbs/920_ship.serve.ipynb #cfa5e1e4
+# %% ../../nbs/920_ship.serve.ipynb #ff498f45
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -123,7 +126,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #77d20e4d
+# %% ../../nbs/920_ship.serve.ipynb #3f99c404
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -163,7 +166,7 @@ def multipart_files(
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #87f46545
+# %% ../../nbs/920_ship.serve.ipynb #a29e7907
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -181,7 +184,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #b92abba0
+# %% ../../nbs/920_ship.serve.ipynb #9fec7eb8
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -280,7 +283,7 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #b90c260e
+# %% ../../nbs/920_ship.serve.ipynb #663a586a
 _about = dict(
     summary='Name what is in pictures',
     description='Send a picture as the body, or several as files of a multipart form. The answer has a prediction for each, in '
@@ -363,7 +366,7 @@ def make_app(
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #013952fb
+# %% ../../nbs/920_ship.serve.ipynb #1446c0ca
 @contextlib.contextmanager
 def _libraries_hushed():
     "What C libraries say of damaged pictures goes nowhere, or any client could fill a log; Python's own words go on."
