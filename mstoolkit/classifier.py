@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -295,6 +295,10 @@ class Classifier:
         each = [_ready(m, o, n, precision, way) for m, o in zip(model.members, model.inputs(x))]
         return lambda x: model.mean(run(o) for run, o in zip(each, model.inputs(x)))
 
+    @overload
+    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]  # text is a sequence, too
+    @overload
+    def predict(self, images: Sequence[Picture], *, bs: int = ...) -> list[Prediction]: ...
     def predict(self,
         images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C) or a PIL image; or a list of them
         *,

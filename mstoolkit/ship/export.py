@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.export.html.md"""
 __all__ = ['bounds', 'half_bound', 'most_images', 'formats', 'ShippedNetwork', 'onnx_model', 'TorchExported', 'TorchModel',
            'Compared', 'compare', 'shipped_header', 'Exported', 'default_out', 'export', 'no_maps']
 
-# %% ../../nbs/910_ship.export.ipynb #caf01c0b
+# %% ../../nbs/910_ship.export.ipynb #cd3bea80
 import contextlib
 import io
 import json
@@ -39,9 +39,9 @@ from ..models.ensemble import Ensemble
 from ..predict import predict_probs
 from ..runs import Run, Several, read_env, run_file, run_files
 from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches
-from .web import write_page
+from .web import check_runtime, write_page
 
-# %% ../../nbs/910_ship.export.ipynb #daaebcf5
+# %% ../../nbs/910_ship.export.ipynb #a6c50f16
 class ShippedNetwork(nn.Module):
     "A classifier from uint8 pixels to probabilities, in evaluation mode."
     def __init__(self,
@@ -109,7 +109,7 @@ def _n_maps(net: nn.Module) -> int:
     "How many scales the head of a network uses: a plain head the last alone."
     return len(net[1].channels) if hasattr(net[1], 'channels') else 1
 
-# %% ../../nbs/910_ship.export.ipynb #64497d34
+# %% ../../nbs/910_ship.export.ipynb #7869ca9f
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     "Without the exporters' own telling, which is about their insides."
@@ -167,7 +167,7 @@ def _save_onnx(made, header: ShippedHeader, file: Path):
     _describe(made, header)
     file.write_bytes(made.SerializeToString())
 
-# %% ../../nbs/910_ship.export.ipynb #4ebf5f01
+# %% ../../nbs/910_ship.export.ipynb #7aa2742a
 _half_keeps = ['Softmax', 'ArgMax', 'Equal', 'ReduceMean', 'LayerNormalization'] # what would lose too much in 16 bits
 
 def _onnx_half(made):
@@ -251,7 +251,7 @@ class TorchModel(Runner):
         with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
         return {k: v.numpy() for k, v in zip(self.model.output_names, out)}
 
-# %% ../../nbs/910_ship.export.ipynb #1ce9e089
+# %% ../../nbs/910_ship.export.ipynb #e7bcc1e7
 # format → largest difference of a probability from PyTorch's; and for 16 bits
 bounds = {'onnx': 1e-4, 'openvino': 1e-3, 'torch-export': 1e-4, 'web': 1e-4}
 half_bound = .02
@@ -333,7 +333,7 @@ def compare(
     speed = _speed(runner, TorchModel(clf, runner.header))
     return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, **speed, **found)
 
-# %% ../../nbs/910_ship.export.ipynb #b04d747b
+# %% ../../nbs/910_ship.export.ipynb #da132018
 most_images = 1000 # that are compared on
 
 def _spread(items: list, n: int) -> list: # at most `n`, evenly
@@ -375,7 +375,7 @@ def shipped_header(
                          temperature=h.temperature, metrics=h.metrics, versions=h.versions,
                          network=f'{counted(len(h.members), "network")}, the first a {one}' if h.members else one)
 
-# %% ../../nbs/910_ship.export.ipynb #3c5b7efa
+# %% ../../nbs/910_ship.export.ipynb #7dbb1de4
 formats = {'onnx': 'onnx', 'openvino': 'openvino', 'torch-export': 'torch_export', 'web': 'web'} # → key of `run_files`
 
 @dataclass(frozen=True)
@@ -403,6 +403,7 @@ def _check_asked(format: str, maps: bool, half: bool, int8: bool, runtime):
         how = "npm install onnxruntime-web, then --runtime node_modules/onnxruntime-web/dist"
         raise ValueError("--runtime names the folder of onnxruntime-web's files for --format web: "
                          + ('leave it out' if runtime else how))
+    if runtime: check_runtime(runtime)
 
 def default_out(
     model: str|Path, # a model file or a run folder

@@ -8,21 +8,21 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.runner.html.md"""
 __all__ = ['confidence_words', 'resize_told', 'runners', 'Prediction', 'answers', 'in_words', 'ShippedHeader', 'in_batches',
            'Runner', 'OnnxModel', 'OpenVinoModel', 'open_exported']
 
-# %% ../../nbs/900_ship.runner.ipynb #43f1be33
+# %% ../../nbs/900_ship.runner.ipynb #9d047cd3
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from ..core import choice
 from ..data.image import Picture, pixels_of
 
-# %% ../../nbs/900_ship.runner.ipynb #a1012094
+# %% ../../nbs/900_ship.runner.ipynb #a8257768
 @dataclass(frozen=True)
 class Prediction:
     "What a model says of an image."
@@ -40,7 +40,7 @@ def answers(
     ranked = [{classes[i]: float(p[i]) for i in np.argsort(-p, kind='stable')} for p in probs]
     return [Prediction(top := next(iter(o)), o[top], o) for o in ranked]
 
-# %% ../../nbs/900_ship.runner.ipynb #e3790bc9
+# %% ../../nbs/900_ship.runner.ipynb #b2488307
 # from this confidence on → how it is said; the last is for what is below all
 confidence_words = ((.99, 'almost certain'), (.9, 'very likely'), (.7, 'likely'), (.5, 'more likely than not'), (0., 'unsure'))
 
@@ -50,7 +50,7 @@ def in_words(
     "How sure a model is, in words."
     return next(words for least, words in confidence_words if confidence >= least)
 
-# %% ../../nbs/900_ship.runner.ipynb #9bc0dd0b
+# %% ../../nbs/900_ship.runner.ipynb #63624322
 resize_told = (
     'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white; a JPEG whose '
     'shorter side is at least 2, 4 or 8 times the size may be decoded at 1/2, 1/4 or 1/8). Resize to size x size, whatever '
@@ -89,7 +89,7 @@ class ShippedHeader:
         "All of it."
         return json.dumps(asdict(self))
 
-# %% ../../nbs/900_ship.runner.ipynb #818602ac
+# %% ../../nbs/900_ship.runner.ipynb #4c96dbbf
 def in_batches(
     items: Sequence, # anything
     sizes: Sequence[int] # of the batches, over and over
@@ -127,6 +127,10 @@ class Runner(ABC):
         "Images as a batch."
         return [np.stack(o) for o in zip(*images)]
 
+    @overload
+    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]  # text is a sequence, too
+    @overload
+    def predict(self, images: Sequence[Picture], *, bs: int = ...) -> list[Prediction]: ...
     def predict(self,
         images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C) or a PIL image; or a list of them
         *,
@@ -137,7 +141,7 @@ class Runner(ABC):
         out = answers(self.probs(images if many else [images], bs), self.header.classes)
         return out if many else out[0]
 
-# %% ../../nbs/900_ship.runner.ipynb #07d50835
+# %% ../../nbs/900_ship.runner.ipynb #d7f7c995
 def _needs(package: str, extra: str, why: Exception) -> ImportError:
     return ImportError(f"this needs the package {package}, which is not installed: pip install mstoolkit[{extra}] ({why})")
 
@@ -191,7 +195,7 @@ class OpenVinoModel(Runner):
         out = self.model(dict(zip(self.inputs, pixels)))
         return {k: out[k].copy() for k in self.outputs}
 
-# %% ../../nbs/900_ship.runner.ipynb #ecb89897
+# %% ../../nbs/900_ship.runner.ipynb #a8624dd9
 # ending of a file → what runs it without torch
 runners: dict[str, Any] = {'.onnx': OnnxModel, '.xml': OpenVinoModel}
 

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #547c6dd9
+# %% ../../nbs/920_ship.serve.ipynb #9373e925
 import asyncio
 import contextlib
 import os
@@ -29,7 +29,7 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #44719fec
+# %% ../../nbs/920_ship.serve.ipynb #829b9024
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder, a model file or an address of the hub
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
@@ -52,7 +52,7 @@ def open_to_serve(
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #daf09f34
+# %% ../../nbs/920_ship.serve.ipynb #63ffc3db
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -71,7 +71,7 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {'0 or more' if f.name == 'wait_ms' else 'more than 0'}")
 
-# %% ../../nbs/920_ship.serve.ipynb #ff498f45
+# %% ../../nbs/920_ship.serve.ipynb #1d3d0a02
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -126,7 +126,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #3f99c404
+# %% ../../nbs/920_ship.serve.ipynb #e2191134
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -166,7 +166,7 @@ def multipart_files(
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #a29e7907
+# %% ../../nbs/920_ship.serve.ipynb #67a52fd8
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -184,7 +184,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #9fec7eb8
+# %% ../../nbs/920_ship.serve.ipynb #2375b6d1
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -233,7 +233,8 @@ class Service:
         return out
 
     async def _one(self, data: bytes) -> dict:
-        "The network's answer to a picture; the caller has counted it as coming."
+        "The network's answer to a picture."
+        self.batcher.coming += 1
         try:
             work = decode_upload, data, self.runner.header.sizes, 1e6*self.limits.max_megapixels
             pixels = await asyncio.get_running_loop().run_in_executor(self.decoders, *work)
@@ -242,7 +243,7 @@ class Service:
 
     async def answer(self, request, top: int, maps: bool) -> dict:
         "Read a request, run the network, and say what it said."
-        start, b = perf_counter(), self.batcher
+        start = perf_counter()
         if self.waiting >= self.limits.max_waiting: raise self._busy()
         self.waiting += 1
         n, size = 1, 0
@@ -256,7 +257,6 @@ class Service:
             if self.waiting + len(files)-1 > self.limits.max_waiting and len(files) > 1: raise self._busy()
             self.waiting += len(files)-1
             n = len(files)
-            b.coming += n
             out = await asyncio.gather(*map(self._one, files), return_exceptions=True)
             for i, o in enumerate(out):
                 if isinstance(o, Refused) and n > 1: raise Refused(o.status, f'picture {i+1} of {n}: {o}')
@@ -283,7 +283,7 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #663a586a
+# %% ../../nbs/920_ship.serve.ipynb #583a5a66
 _about = dict(
     summary='Name what is in pictures',
     description='Send a picture as the body, or several as files of a multipart form. The answer has a prediction for each, in '
@@ -366,7 +366,7 @@ def make_app(
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #1446c0ca
+# %% ../../nbs/920_ship.serve.ipynb #97f7488c
 @contextlib.contextmanager
 def _libraries_hushed():
     "What C libraries say of damaged pictures goes nowhere, or any client could fill a log; Python's own words go on."
