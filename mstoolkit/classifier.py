@@ -126,11 +126,15 @@ def hub_file(
     name = run_files['model'] # and nothing else is ever fetched: it holds tensors and text alone
     try: file = Path(hf_hub_download(m[1], name, revision=m[2]))
     except LocalEntryNotFoundError as e:
-        raise ConnectionError(f"{address!r} is not on this machine, and the hub does not answer: {str(e).splitlines()[0]}") from e
-    except EntryNotFoundError as e: raise FileNotFoundError(f"{address!r} has no {name}: mstoolkit card writes one") from e
-    except (HfHubHTTPError, HFValidationError) as e: raise FileNotFoundError(f"{address!r}: {str(e).splitlines()[0]}") from e
+        why = str(e).splitlines()[0]
+        raise ConnectionError(f"{address!r} is not on this machine, and the hub does not answer: {why}") from e
+    except EntryNotFoundError as e:
+        raise FileNotFoundError(f"{address!r} has no {name}: mstoolkit card writes one") from e
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise FileNotFoundError(f"{address!r}: {str(e).splitlines()[0]}") from e
     if m[2] is None and file.parent.parent.name == 'snapshots':
-        print(f"{address} is at commit {file.parent.name}: {address}@{file.parent.name} stays the same", file=sys.stderr, flush=True)
+        commit = file.parent.name
+        print(f"{address} is at commit {commit}: {address}@{commit} stays the same", file=sys.stderr, flush=True)
     return file
 
 def _model_file(path) -> Path:
@@ -242,7 +246,7 @@ class Classifier:
 
     @classmethod
     def load(cls,
-        path: str|Path, # a model file, a run folder that holds `model.safetensors`, or hf://OWNER/NAME@REVISION of the hub
+        path: str|Path, # a model file, a run folder that holds `model.safetensors`, or hf://OWNER/NAME@REVISION
         device: str|torch.device = 'cpu' # where to put the network
     ) -> 'Classifier': # in evaluation mode
         "Load a model file, or a checkpoint of Report A; nothing in it is ever executed."
@@ -296,11 +300,11 @@ class Classifier:
         return lambda x: model.mean(run(o) for run, o in zip(each, model.inputs(x)))
 
     @overload
-    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]  # text is a sequence, too
+    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]
     @overload
     def predict(self, images: Sequence[Picture], *, bs: int = ...) -> list[Prediction]: ...
     def predict(self,
-        images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C) or a PIL image; or a list of them
+        images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list
         *,
         bs: int = 64 # images in a batch
     ) -> Prediction|list[Prediction]: # of a list, a list
@@ -314,7 +318,8 @@ class Classifier:
         h, device = self.header, next(self.model.parameters()).device
         sizes = list(dict.fromkeys(s for s, *_ in h.inputs))
         pixels = [np.stack(o) for o in zip(*(pixels_of(im, sizes) for im in images))]
-        xs = tuple(normalised(torch.from_numpy(pixels[sizes.index(s)]).to(device), mean, std) for s, mean, std in h.inputs)
+        on = [torch.from_numpy(o).to(device) for o in pixels]
+        xs = tuple(normalised(on[sizes.index(s)], mean, std) for s, mean, std in h.inputs)
         model = self.model.eval()
         with torch.inference_mode(): logits = model(xs if len(xs) > 1 else xs[0])
         return answers((logits.double()/h.temperature).softmax(1).float().cpu().numpy(), h.classes)

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.export.html.md"""
 __all__ = ['bounds', 'half_bound', 'most_images', 'formats', 'ShippedNetwork', 'onnx_model', 'TorchExported', 'TorchModel',
            'Compared', 'compare', 'shipped_header', 'Exported', 'default_out', 'export', 'no_maps']
 
-# %% ../../nbs/910_ship.export.ipynb #cd3bea80
+# %% ../../nbs/910_ship.export.ipynb #74a4eebe
 import contextlib
 import io
 import json
@@ -41,7 +41,7 @@ from ..runs import Run, Several, read_env, run_file, run_files
 from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches
 from .web import check_runtime, write_page
 
-# %% ../../nbs/910_ship.export.ipynb #a6c50f16
+# %% ../../nbs/910_ship.export.ipynb #627a6261
 class ShippedNetwork(nn.Module):
     "A classifier from uint8 pixels to probabilities, in evaluation mode."
     def __init__(self,
@@ -67,13 +67,14 @@ class ShippedNetwork(nn.Module):
     def strides(self) -> list[int]: # none without maps
         "Of each map, in pixels of the input."
         if not self.maps: return []
-        if isinstance(self.net, Ensemble): return sorted({s for m in self.net.members for s in m[0].strides[-_n_maps(m):]})
-        return self.net[0].strides[-_n_maps(self.net):]
+        own = lambda m: m[0].strides[-_n_maps(m):]
+        if isinstance(self.net, Ensemble): return sorted({s for m in self.net.members for s in own(m)})
+        return own(self.net)
 
     @property
     def output_names(self) -> list[str]:
         "Of what `forward` returns."
-        return ['probabilities', *(f'map_{i+1}' for i in range(len(self.strides))), *(['bias', 'logit'] if self.maps else [])]
+        return _outputs(len(self.strides))
 
     def forward(self,
         *pixels: torch.Tensor # uint8 N×H×W×3, one for each size
@@ -105,11 +106,14 @@ class ShippedNetwork(nn.Module):
                         for m, t in zip(maps, net[0].strides[-len(maps):]) if t == s]
         return [*(added_maps(of(s)) for s in self.strides), bias, logit]
 
+def _outputs(n: int) -> list[str]: # names, with `n` maps
+    return ['probabilities', *(f'map_{i+1}' for i in range(n)), *(['bias', 'logit'] if n else [])]
+
 def _n_maps(net: nn.Module) -> int:
     "How many scales the head of a network uses: a plain head the last alone."
     return len(net[1].channels) if hasattr(net[1], 'channels') else 1
 
-# %% ../../nbs/910_ship.export.ipynb #7869ca9f
+# %% ../../nbs/910_ship.export.ipynb #06cc52db
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     "Without the exporters' own telling, which is about their insides."
@@ -137,8 +141,8 @@ def _name_batch(model):
 
 def _describe(model, header: ShippedHeader):
     "Write into an ONNX model what it is; for other programs the main things stand under keys of their own."
-    said = dict(mstoolkit=header.to_json(), classes=json.dumps(header.classes), resize=header.resize, version=header.version,
-                size=','.join(map(str, header.sizes)))
+    said = dict(mstoolkit=header.to_json(), classes=json.dumps(header.classes), resize=header.resize,
+                version=header.version, size=','.join(map(str, header.sizes)))
     del model.metadata_props[:]
     for k, v in said.items(): model.metadata_props.add(key=k, value=v)
     model.producer_name = 'mstoolkit'
@@ -159,7 +163,8 @@ def onnx_model(
         made = torch.onnx.export(_traced(net), dynamo=True, input_names=net.input_names, output_names=net.output_names,
                                  verbose=False).model_proto
     _name_batch(made)
-    if made.ByteSize() >= 2**31: raise ValueError("the network has more than 2 GB of weights, which one ONNX file cannot hold")
+    if made.ByteSize() >= 2**31:
+        raise ValueError("the network has more than 2 GB of weights, which one ONNX file cannot hold")
     onnx.checker.check_model(made, full_check=True)
     return made
 
@@ -167,7 +172,7 @@ def _save_onnx(made, header: ShippedHeader, file: Path):
     _describe(made, header)
     file.write_bytes(made.SerializeToString())
 
-# %% ../../nbs/910_ship.export.ipynb #7aa2742a
+# %% ../../nbs/910_ship.export.ipynb #79e8025d
 _half_keeps = ['Softmax', 'ArgMax', 'Equal', 'ReduceMean', 'LayerNormalization'] # what would lose too much in 16 bits
 
 def _onnx_half(made):
@@ -190,13 +195,14 @@ def _onnx_int8(made, batches: list): # of each batch an array for each input
         raw, ready, small = (f'{d}/{o}.onnx' for o in ('raw', 'ready', 'small'))
         onnx.save(made, raw)
         quant_pre_process(raw, ready, skip_symbolic_shape=True)
-        quantize_static(ready, small, Reader(), per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                        op_types_to_quantize=['Conv', 'MatMul', 'Gemm'])
+        quantize_static(ready, small, Reader(), per_channel=True, activation_type=QuantType.QUInt8,
+                        weight_type=QuantType.QInt8, op_types_to_quantize=['Conv', 'MatMul', 'Gemm'])
         return onnx.load(small)
 
 def _openvino():
     try: import openvino
-    except ImportError as e: raise ImportError(f"this needs the package openvino: pip install mstoolkit[openvino] ({e})") from e
+    except ImportError as e:
+        raise ImportError(f"this needs the package openvino: pip install mstoolkit[openvino] ({e})") from e
     return openvino
 
 def _save_openvino(made, header: ShippedHeader, folder: Path, *, half: bool = False, batches: list|None = None):
@@ -208,7 +214,8 @@ def _save_openvino(made, header: ShippedHeader, folder: Path, *, half: bool = Fa
         model = ov.convert_model(str(file))
         if batches is not None:
             try: import nncf
-            except ImportError as e: raise ImportError(f"--int8 needs the package nncf: pip install mstoolkit[openvino] ({e})") from e
+            except ImportError as e:
+                raise ImportError(f"--int8 needs the package nncf: pip install mstoolkit[openvino] ({e})") from e
             names = [o.get_any_name() for o in model.inputs]
             model = nncf.quantize(model, nncf.Dataset(batches, lambda b: dict(zip(names, b))), subset_size=len(batches))
         model.set_rt_info(header.to_json(), ['mstoolkit'])
@@ -225,8 +232,7 @@ class TorchExported(Runner):
         kept = {'mstoolkit': ''}
         with _hushed(): self.model = torch.export.load(str(file), extra_files=kept).module()
         self.header = ShippedHeader.read(kept['mstoolkit'], file)
-        n = len(self.header.strides)
-        self.outputs = ['probabilities', *(f'map_{i+1}' for i in range(n)), *(['bias', 'logit'] if n else [])]
+        self.outputs = _outputs(len(self.header.strides))
 
     def run(self,
         *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
@@ -251,7 +257,7 @@ class TorchModel(Runner):
         with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
         return {k: v.numpy() for k, v in zip(self.model.output_names, out)}
 
-# %% ../../nbs/910_ship.export.ipynb #e7bcc1e7
+# %% ../../nbs/910_ship.export.ipynb #b98822b1
 # format → largest difference of a probability from PyTorch's; and for 16 bits
 bounds = {'onnx': 1e-4, 'openvino': 1e-3, 'torch-export': 1e-4, 'web': 1e-4}
 half_bound = .02
@@ -286,8 +292,8 @@ class Compared:
             d, low, high = self.drop
             out.append(f"accuracy {self.accuracy[0]:.1%} before and {self.accuracy[1]:.1%} after: "
                        f"{d:+.2f} points ({low:+.2f} to {high:+.2f}, paired, 95 %)".replace('-', '−'))
-        return [*out, f"{self.mb:.1f} MB; one image in {self.ms[0]:.1f} ms (PyTorch {self.ms[1]:.1f}), {self.per_second[0]:,.0f} "
-                      f"images/s in batches of 32 (PyTorch {self.per_second[1]:,.0f}), "
+        return [*out, f"{self.mb:.1f} MB; one image in {self.ms[0]:.1f} ms (PyTorch {self.ms[1]:.1f}), "
+                      f"{self.per_second[0]:,.0f} images/s in batches of 32 (PyTorch {self.per_second[1]:,.0f}), "
                       f"on {counted(torch.get_num_threads(), 'thread')} of this machine"]
 
 def _seconds(run: Callable, pixels: list, most: float = 1.) -> float:
@@ -329,11 +335,12 @@ def compare(
     if labels is not None:
         known = dict(zip(files, labels))
         hit, hit_before = (np.array([names[i] == known[f] for f, i in zip(good, o)]) for o in (now, was))
-        found = dict(drop=tuple(100*o for o in paired_interval(hit, hit_before)), accuracy=(hit_before.mean(), hit.mean()))
+        drop = tuple(100*o for o in paired_interval(hit, hit_before))
+        found = dict(drop=drop, accuracy=(hit_before.mean(), hit.mean()))
     speed = _speed(runner, TorchModel(clf, runner.header))
     return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, **speed, **found)
 
-# %% ../../nbs/910_ship.export.ipynb #da132018
+# %% ../../nbs/910_ship.export.ipynb #0bc072ba
 most_images = 1000 # that are compared on
 
 def _spread(items: list, n: int) -> list: # at most `n`, evenly
@@ -345,8 +352,8 @@ def _images(model: Path, images: Path|None) -> tuple[list[Path], list[str]|None]
     "What to compare on."
     if images: return _spread(sorted(image_files(images)), most_images), None
     if not _is_run(model):
-        raise ValueError(f"{str(model)!r} has no validation images to prove the export on: give a folder of images (--images), "
-                         "or the run folder in the place of the model file")
+        raise ValueError(f"{str(model)!r} has no validation images to prove the export on: give a folder of images "
+                         "(--images), or the run folder in the place of the model file")
     _, files, labels = labelled_images(model)
     pairs = _spread(list(zip(files, labels)), most_images)
     return [f for f, _ in pairs], [c for _, c in pairs]
@@ -354,7 +361,8 @@ def _images(model: Path, images: Path|None) -> tuple[list[Path], list[str]|None]
 def _calibration_batches(model: Path, sizes: list[int], n: int = 256) -> list: # of each batch an array for each size
     "Training images, as the network takes them."
     if not _is_run(model) or Several.is_one(model):
-        raise ValueError(f"--int8 is calibrated on training images, and {str(model)!r} does not know any: give the folder of one run")
+        raise ValueError(f"--int8 is calibrated on training images, and {str(model)!r} does not know any: "
+                         "give the folder of one run")
     run = Run(model)
     train = settled_samples(run.source, run.recipe.seed)[1]
     files = [s.path for s in _spread(train, n)]
@@ -371,11 +379,11 @@ def shipped_header(
     judged = env.get('calibration', {}).get('images', 0) >= least_images or h.temperature != 1
     net = ShippedNetwork(clf, maps)
     one = f"{h.config['head']} head on {h.config['backbone']}"
-    return ShippedHeader(classes=h.classes, sizes=net.sizes, version=model_digest(model), strides=net.strides, calibrated=judged,
-                         temperature=h.temperature, metrics=h.metrics, versions=h.versions,
+    return ShippedHeader(classes=h.classes, sizes=net.sizes, version=model_digest(model), strides=net.strides,
+                         calibrated=judged, temperature=h.temperature, metrics=h.metrics, versions=h.versions,
                          network=f'{counted(len(h.members), "network")}, the first a {one}' if h.members else one)
 
-# %% ../../nbs/910_ship.export.ipynb #7dbb1de4
+# %% ../../nbs/910_ship.export.ipynb #1aad733e
 formats = {'onnx': 'onnx', 'openvino': 'openvino', 'torch-export': 'torch_export', 'web': 'web'} # → key of `run_files`
 
 @dataclass(frozen=True)
@@ -388,8 +396,9 @@ class Exported:
     def lines(self) -> list[str]: # for people
         "What was written, and what was found."
         h = self.header
-        sizes, maps = ' and '.join(map(str, h.sizes)), f", maps of strides {', '.join(map(str, h.strides))}" if h.strides else ''
-        return [f"{self.path}: {h.network}, {counted(len(h.classes), 'class', 'classes')}, {sizes} px{maps}", *self.compared.lines()]
+        sizes, n = ' and '.join(map(str, h.sizes)), counted(len(h.classes), 'class', 'classes')
+        maps = f", maps of strides {', '.join(map(str, h.strides))}" if h.strides else ''
+        return [f"{self.path}: {h.network}, {n}, {sizes} px{maps}", *self.compared.lines()]
 
 def _check_asked(format: str, maps: bool, half: bool, int8: bool, runtime):
     choice(format, formats, 'format')
@@ -426,7 +435,8 @@ def _write(net, header, tmp: Path, format: str, half: bool, batches: list|None, 
     "Write what was asked for, and open it."
     if format == 'torch-export':
         if not hasattr(torch, 'export'): raise ValueError("torch-export needs torch 2.6 or newer")
-        with tmp.open('wb') as f, _hushed(): torch.export.save(_traced(net), f, extra_files={'mstoolkit': header.to_json()})
+        with tmp.open('wb') as f, _hushed():
+            torch.export.save(_traced(net), f, extra_files={'mstoolkit': header.to_json()})
         return TorchExported(tmp)
     made, threads = onnx_model(net), torch.get_num_threads()
     if format == 'openvino':

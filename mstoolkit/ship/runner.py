@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.runner.html.md"""
 __all__ = ['confidence_words', 'resize_told', 'runners', 'Prediction', 'answers', 'in_words', 'ShippedHeader', 'in_batches',
            'Runner', 'OnnxModel', 'OpenVinoModel', 'open_exported']
 
-# %% ../../nbs/900_ship.runner.ipynb #9d047cd3
+# %% ../../nbs/900_ship.runner.ipynb #2b82a15b
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ import numpy as np
 from ..core import choice
 from ..data.image import Picture, pixels_of
 
-# %% ../../nbs/900_ship.runner.ipynb #a8257768
+# %% ../../nbs/900_ship.runner.ipynb #6a1c1ba9
 @dataclass(frozen=True)
 class Prediction:
     "What a model says of an image."
@@ -40,9 +40,10 @@ def answers(
     ranked = [{classes[i]: float(p[i]) for i in np.argsort(-p, kind='stable')} for p in probs]
     return [Prediction(top := next(iter(o)), o[top], o) for o in ranked]
 
-# %% ../../nbs/900_ship.runner.ipynb #b2488307
+# %% ../../nbs/900_ship.runner.ipynb #d32cdcce
 # from this confidence on → how it is said; the last is for what is below all
-confidence_words = ((.99, 'almost certain'), (.9, 'very likely'), (.7, 'likely'), (.5, 'more likely than not'), (0., 'unsure'))
+confidence_words = ((.99, 'almost certain'), (.9, 'very likely'), (.7, 'likely'), (.5, 'more likely than not'),
+                    (0., 'unsure'))
 
 def in_words(
     confidence: float # 0…1
@@ -50,12 +51,12 @@ def in_words(
     "How sure a model is, in words."
     return next(words for least, words in confidence_words if confidence >= least)
 
-# %% ../../nbs/900_ship.runner.ipynb #63624322
+# %% ../../nbs/900_ship.runner.ipynb #c89c1586
 resize_told = (
-    'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white; a JPEG whose '
-    'shorter side is at least 2, 4 or 8 times the size may be decoded at 1/2, 1/4 or 1/8). Resize to size x size, whatever '
-    'the shape: ky = max(1, height // size), kx = max(1, width // size); unless max(ky, kx) >= 3*min(ky, kx), both become the '
-    'smaller; where one is above 1, average whole blocks of ky x kx pixels, leaving out the rows and columns that are over, '
+    'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white; a JPEG '
+    'whose shorter side is at least 2, 4 or 8 times the size may be decoded at 1/2, 1/4 or 1/8). Resize to size x size, '
+    'whatever the shape: ky = max(1, height // size), kx = max(1, width // size); unless max(ky, kx) >= 3*min(ky, kx), '
+    'both become the smaller; where one is above 1, average whole blocks of ky x kx pixels, without what is over, '
     'rounded to 8 bits; then bilinear interpolation with half-pixel centres, without antialiasing, rounded to 8 bits. '
     'No crop. Feed uint8, N x size x size x 3: normalisation is in the graph.')
 
@@ -65,7 +66,7 @@ class ShippedHeader:
     classes: list[str] # names, in the order of the probabilities
     sizes: list[int] # side in pixels of the images that each input takes
     version: str # fingerprint of the model file that it was made from
-    strides: list[int] = field(default_factory=list) # of each map that it gives, in pixels of the input; none without maps
+    strides: list[int] = field(default_factory=list) # of each map that it gives, in pixels of the input
     calibrated: bool = False # whether a temperature was judged on validation images
     temperature: float = 1. # which the logits are divided by, in the graph
     network: str = '' # head and backbone
@@ -80,7 +81,8 @@ class ShippedHeader:
         file: str|Path # which, for the error
     ) -> 'ShippedHeader':
         "Read what a file says of itself."
-        if not text: raise ValueError(f"{str(file)!r} does not say what its classes are: it was not written by mstoolkit export")
+        if not text:
+            raise ValueError(f"{str(file)!r} does not say what its classes are: it was not written by mstoolkit export")
         try: d = json.loads(text)
         except ValueError as e: raise ValueError(f"{str(file)!r} has a damaged mstoolkit header: {e}") from e
         return cls(**{k: v for k, v in d.items() if k in {f.name for f in fields(cls)}})
@@ -89,7 +91,7 @@ class ShippedHeader:
         "All of it."
         return json.dumps(asdict(self))
 
-# %% ../../nbs/900_ship.runner.ipynb #4c96dbbf
+# %% ../../nbs/900_ship.runner.ipynb #b75b5627
 def in_batches(
     items: Sequence, # anything
     sizes: Sequence[int] # of the batches, over and over
@@ -108,7 +110,7 @@ class Runner(ABC):
     @abstractmethod
     def run(self,
         *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
-    ) -> dict[str, np.ndarray]: # `probabilities` (N, classes); with maps also `map_1` … (N, h, w), `bias` and `logit` (N,)
+    ) -> dict[str, np.ndarray]: # `probabilities` (N, classes); with maps also `map_1` … (N, h, w), `bias`, `logit`
         "Run a batch."
 
     def probs(self,
@@ -116,8 +118,8 @@ class Runner(ABC):
         bs: int|Sequence[int] = 32 # images in a batch, or of each batch in turn
     ) -> np.ndarray: # (N, classes)
         "Class probabilities of images."
-        batches = in_batches(images, [bs] if isinstance(bs, int) else bs)
-        each = [self.run(*self.batch([pixels_of(o, self.header.sizes) for o in some]))['probabilities'] for some in batches]
+        batches, sizes = in_batches(images, [bs] if isinstance(bs, int) else bs), self.header.sizes
+        each = [self.run(*self.batch([pixels_of(o, sizes) for o in some]))['probabilities'] for some in batches]
         return np.concatenate(each) if each else np.empty((0, len(self.header.classes)), np.float32)
 
     @staticmethod
@@ -128,11 +130,11 @@ class Runner(ABC):
         return [np.stack(o) for o in zip(*images)]
 
     @overload
-    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]  # text is a sequence, too
+    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]
     @overload
     def predict(self, images: Sequence[Picture], *, bs: int = ...) -> list[Prediction]: ...
     def predict(self,
-        images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C) or a PIL image; or a list of them
+        images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list
         *,
         bs: int = 32 # images in a batch
     ) -> Prediction|list[Prediction]: # of a list, a list
@@ -141,9 +143,12 @@ class Runner(ABC):
         out = answers(self.probs(images if many else [images], bs), self.header.classes)
         return out if many else out[0]
 
-# %% ../../nbs/900_ship.runner.ipynb #d7f7c995
+# %% ../../nbs/900_ship.runner.ipynb #e4916858
 def _needs(package: str, extra: str, why: Exception) -> ImportError:
-    return ImportError(f"this needs the package {package}, which is not installed: pip install mstoolkit[{extra}] ({why})")
+    return ImportError(f"this needs the package {package}: pip install mstoolkit[{extra}] ({why})")
+
+def _unopened(file: str|Path, by: str, e: Exception) -> ValueError:
+    return ValueError(f"{str(file)!r} cannot be opened by {by}: {(str(e).splitlines() or [''])[0][:200]}")
 
 class OnnxModel(Runner):
     "An ONNX file that `mstoolkit export` wrote, in onnxruntime on the CPU."
@@ -158,9 +163,9 @@ class OnnxModel(Runner):
         opts.intra_op_num_threads, opts.log_severity_level = threads, 3
         try: self.session = ort.InferenceSession(str(file), opts, providers=['CPUExecutionProvider'])
         # onnxruntime has a type of its own for each kind of damage, and their base is Exception
-        except Exception as e: raise ValueError(f"{str(file)!r} cannot be opened by onnxruntime: {str(e).splitlines()[0][:200]}") from e
+        except Exception as e: raise _unopened(file, 'onnxruntime', e) from e
         self.header = ShippedHeader.read(self.session.get_modelmeta().custom_metadata_map.get('mstoolkit'), file)
-        self.inputs, self.outputs = ([o.name for o in each()] for each in (self.session.get_inputs, self.session.get_outputs))
+        self.inputs, self.outputs = ([o.name for o in each] for each in (self.session.get_inputs(), self.session.get_outputs()))
 
     def run(self,
         *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
@@ -179,7 +184,7 @@ class OpenVinoModel(Runner):
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no exported model {str(file)!r}")
         core = ov.Core()
         try: model = core.read_model(str(file))
-        except RuntimeError as e: raise ValueError(f"{str(file)!r} cannot be opened by OpenVINO: {str(e).splitlines()[0][:200]}") from e
+        except RuntimeError as e: raise _unopened(file, 'OpenVINO', e) from e
         info = model.get_rt_info(['mstoolkit']).astype(str) if model.has_rt_info(['mstoolkit']) else None
         self.header = ShippedHeader.read(info, file)
         # left alone, it computes in bf16 where the processor can, and moves a confidence by a hundredth
@@ -195,7 +200,7 @@ class OpenVinoModel(Runner):
         out = self.model(dict(zip(self.inputs, pixels)))
         return {k: out[k].copy() for k in self.outputs}
 
-# %% ../../nbs/900_ship.runner.ipynb #a8624dd9
+# %% ../../nbs/900_ship.runner.ipynb #3b06a883
 # ending of a file → what runs it without torch
 runners: dict[str, Any] = {'.onnx': OnnxModel, '.xml': OpenVinoModel}
 

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #9373e925
+# %% ../../nbs/920_ship.serve.ipynb #e4c894d1
 import asyncio
 import contextlib
 import os
@@ -29,7 +29,7 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #829b9024
+# %% ../../nbs/920_ship.serve.ipynb #03a5bd1c
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder, a model file or an address of the hub
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
@@ -45,14 +45,14 @@ def open_to_serve(
     if model.is_dir() and (file := run_file(model, 'onnx')).is_file():
         runner = open_exported(file, threads)
         if runner.header.version == file_digest(run_file(model, 'model')): return runner
-        print(f"{file} was made from another model than lies beside it: torch serves the latter", file=sys.stderr, flush=True)
+        print(f"{file} was made from another model than lies beside it: torch serves that", file=sys.stderr, flush=True)
     from mstoolkit.classifier import Classifier
     from mstoolkit.ship.export import TorchModel, no_maps, shipped_header
     clf = Classifier.load(model)
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #63ffc3db
+# %% ../../nbs/920_ship.serve.ipynb #c9b197de
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -68,10 +68,11 @@ class Limits:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
+            good = '0 or more' if f.name == 'wait_ms' else 'more than 0'
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
-                raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {'0 or more' if f.name == 'wait_ms' else 'more than 0'}")
+                raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {good}")
 
-# %% ../../nbs/920_ship.serve.ipynb #1d3d0a02
+# %% ../../nbs/920_ship.serve.ipynb #09e86238
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -102,7 +103,8 @@ class Batcher:
             if not self.queue.empty(): batch.append(self.queue.get_nowait())
             elif not self.coming or (left := end-clock()) <= 0: break
             else:
-                with contextlib.suppress(asyncio.TimeoutError): batch.append(await asyncio.wait_for(self.queue.get(), left))
+                with contextlib.suppress(asyncio.TimeoutError):
+                    batch.append(await asyncio.wait_for(self.queue.get(), left))
         # those who went away meanwhile need no answer
         return [o for o in batch if not o[1].done()]
 
@@ -114,7 +116,8 @@ class Batcher:
             self.ran(len(batch))
             try: out = await loop.run_in_executor(self.pool, self._run, [o for o, _ in batch])
             except Exception as e:
-                for _, done in batch: done.done() or done.set_exception(RuntimeError(f'the network failed: {type(e).__name__}'))
+                for _, done in batch:
+                    if not done.done(): done.set_exception(RuntimeError(f'the network failed: {type(e).__name__}'))
                 continue
             for i, (_, done) in enumerate(batch):
                 if not done.done(): done.set_result({k: v[i] for k, v in out.items()})
@@ -126,7 +129,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #e2191134
+# %% ../../nbs/920_ship.serve.ipynb #41fa4ed0
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -150,7 +153,8 @@ def multipart_files(
     def named(data, i, j): here['name'] += data[i:j]
     def valued(data, i, j): here['value'] += data[i:j]
     def header_end():
-        if here['name'].lower() == b'content-disposition': here['file'] = b'filename' in parse_options_header(here['value'])[1]
+        if here['name'].lower() == b'content-disposition':
+            here['file'] = b'filename' in parse_options_header(here['value'])[1]
         here.update(name=b'', value=b'')
     def headers_end():
         if here['file']: out.append(bytearray())
@@ -158,15 +162,16 @@ def multipart_files(
         if here['file']: out[-1] += data[i:j]
     boundary = parse_options_header(content_type.encode('latin-1'))[1].get(b'boundary')
     if not boundary: raise Refused(422, 'the form does not say what separates its parts (boundary)')
-    parser = MultipartParser(boundary, dict(on_part_begin=begin, on_header_field=named, on_header_value=valued, on_part_data=content,
-                                            on_header_end=header_end, on_headers_finished=headers_end))
+    parser = MultipartParser(boundary, dict(
+        on_part_begin=begin, on_header_field=named, on_header_value=valued, on_part_data=content, on_header_end=header_end,
+        on_headers_finished=headers_end))
     try:
         parser.write(body)
         parser.finalize()
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #67a52fd8
+# %% ../../nbs/920_ship.serve.ipynb #518ec442
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -184,7 +189,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #2375b6d1
+# %% ../../nbs/920_ship.serve.ipynb #a855db8f
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -196,7 +201,7 @@ class Service:
         self.runner, self.limits, self.token = runner, limits, token
         self.waiting, self.held = 0, 0 # pictures that are not answered; bytes of them
         self.registry = r = CollectorRegistry()
-        self.requests = Counter('mstoolkit_requests', 'Requests to /predict, by the status they got', ['status'], registry=r)
+        self.requests = Counter('mstoolkit_requests', 'Requests to /predict, by status', ['status'], registry=r)
         self.took = Histogram('mstoolkit_request_seconds', 'From first byte to answer', registry=r,
                               buckets=(.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20))
         batches = Histogram('mstoolkit_batch_images', 'Pictures the network was given at once', registry=r,
@@ -210,7 +215,7 @@ class Service:
     def check_token(self, said: str|None):
         "Refuse who does not bring the token."
         if self.token and not secrets.compare_digest((said or '').encode(), f'Bearer {self.token}'.encode()):
-            raise Refused(401, 'this server asks for an access token: Authorization: Bearer …', WWW_Authenticate='Bearer')
+            raise Refused(401, 'this server asks for a token: Authorization: Bearer …', WWW_Authenticate='Bearer')
 
     def _busy(self) -> Refused:
         return Refused(503, f'{self.waiting} pictures wait already: try again in a second', Retry_After='1')
@@ -283,12 +288,12 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #583a5a66
+# %% ../../nbs/920_ship.serve.ipynb #b141b657
 _about = dict(
     summary='Name what is in pictures',
-    description='Send a picture as the body, or several as files of a multipart form. The answer has a prediction for each, in '
-    'order: label, confidence, words for it, the most probable classes, and with maps=1, where the model has them, what each '
-    'position of each scale added to the logit.')
+    description='Send a picture as the body, or several as files of a multipart form. The answer has a prediction for each, '
+    'in order: label, confidence, words for it, the most probable classes, and with maps=1, where the model has them, what '
+    'each position of each scale added to the logit.')
 _answers = {
     401: 'the access token is missing or wrong', 413: 'too many bytes or pictures', 415: 'not an image',
     422: 'a picture that cannot be read',
@@ -318,7 +323,8 @@ def make_app(
         yield
         service.close()
 
-    app = FastAPI(title='mstoolkit', version=h.version, description=h.network, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title='mstoolkit', version=h.version, description=h.network, docs_url=None, redoc_url=None,
+                  lifespan=lifespan)
     safe = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
 
     def refused(e: Refused) -> JSONResponse: return JSONResponse(dict(error=str(e)), e.status, {**safe, **e.headers})
@@ -366,7 +372,7 @@ def make_app(
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #97f7488c
+# %% ../../nbs/920_ship.serve.ipynb #5aec74df
 @contextlib.contextmanager
 def _libraries_hushed():
     "What C libraries say of damaged pictures goes nowhere, or any client could fill a log; Python's own words go on."
@@ -401,12 +407,14 @@ def serve(
     app = make_app(Service(runner, limits, token))
     sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
     shown = f'[{host}]' if ':' in host else host
-    print(f"{type(runner).__name__} {runner.header.version}: {runner.header.network}, {len(runner.header.classes)} classes, "
+    h = runner.header
+    print(f"{type(runner).__name__} {h.version}: {h.network}, {len(h.classes)} classes, "
           f"on http://{shown}:{sock.getsockname()[1]}", flush=True)
     if host not in ('127.0.0.1', '::1', 'localhost') and not token:
         print(f"whoever reaches {host} can use it: --token asks for one", file=sys.stderr, flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False, server_header=False, timeout_keep_alive=30,
-                                           timeout_graceful_shutdown=int(limits.seconds)+5, lifespan='on'))
+    server = uvicorn.Server(uvicorn.Config(
+        app, log_level='error', access_log=False, server_header=False, timeout_keep_alive=30, lifespan='on',
+        timeout_graceful_shutdown=int(limits.seconds)+5))
     # it raises the signal again when it has stopped, which would end the process before it could say that all went well
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
