@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.card.html.md"""
 # %% auto #0
 __all__ = ['card_text', 'write_card']
 
-# %% ../../nbs/930_ship.card.ipynb #5d4a6b55
+# %% ../../nbs/930_ship.card.ipynb #66e198df
 from dataclasses import replace
 from pathlib import Path
 import shutil
@@ -22,7 +22,7 @@ from ..report import run_warnings
 from ..runs import Run, Several, run_files
 from .export import Exported, export
 
-# %% ../../nbs/930_ship.card.ipynb #18f6fcb1
+# %% ../../nbs/930_ship.card.ipynb #473978bc
 def _metadata(run: Run, name: str, license: str, onnx: bool) -> str: # YAML between two lines of ---
     "The card's head."
     from huggingface_hub import EvalResult, ModelCardData

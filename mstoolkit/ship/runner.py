@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.runner.html.md"""
 __all__ = ['confidence_words', 'resize_told', 'runners', 'Prediction', 'answers', 'in_words', 'ShippedHeader', 'in_batches',
            'Runner', 'OnnxModel', 'OpenVinoModel', 'open_exported']
 
-# %% ../../nbs/900_ship.runner.ipynb #2b82a15b
+# %% ../../nbs/900_ship.runner.ipynb #a8a4bd76
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ import numpy as np
 from ..core import choice
 from ..data.image import Picture, pixels_of
 
-# %% ../../nbs/900_ship.runner.ipynb #6a1c1ba9
+# %% ../../nbs/900_ship.runner.ipynb #eddafb01
 @dataclass(frozen=True)
 class Prediction:
     "What a model says of an image."
@@ -40,7 +40,7 @@ def answers(
     ranked = [{classes[i]: float(p[i]) for i in np.argsort(-p, kind='stable')} for p in probs]
     return [Prediction(top := next(iter(o)), o[top], o) for o in ranked]
 
-# %% ../../nbs/900_ship.runner.ipynb #d32cdcce
+# %% ../../nbs/900_ship.runner.ipynb #fb92be00
 # from this confidence on → how it is said; the last is for what is below all
 confidence_words = ((.99, 'almost certain'), (.9, 'very likely'), (.7, 'likely'), (.5, 'more likely than not'),
                     (0., 'unsure'))
@@ -51,7 +51,7 @@ def in_words(
     "How sure a model is, in words."
     return next(words for least, words in confidence_words if confidence >= least)
 
-# %% ../../nbs/900_ship.runner.ipynb #c89c1586
+# %% ../../nbs/900_ship.runner.ipynb #4e7eca26
 resize_told = (
     'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white; a JPEG '
     'whose shorter side is at least 2, 4 or 8 times the size may be decoded at 1/2, 1/4 or 1/8). Resize to size x size, '
@@ -91,7 +91,7 @@ class ShippedHeader:
         "All of it."
         return json.dumps(asdict(self))
 
-# %% ../../nbs/900_ship.runner.ipynb #b75b5627
+# %% ../../nbs/900_ship.runner.ipynb #91b676a5
 def in_batches(
     items: Sequence, # anything
     sizes: Sequence[int] # of the batches, over and over
@@ -143,7 +143,7 @@ class Runner(ABC):
         out = answers(self.probs(images if many else [images], bs), self.header.classes)
         return out if many else out[0]
 
-# %% ../../nbs/900_ship.runner.ipynb #e4916858
+# %% ../../nbs/900_ship.runner.ipynb #69344cd1
 def _needs(package: str, extra: str, why: Exception) -> ImportError:
     return ImportError(f"this needs the package {package}: pip install mstoolkit[{extra}] ({why})")
 
@@ -200,7 +200,7 @@ class OpenVinoModel(Runner):
         out = self.model(dict(zip(self.inputs, pixels)))
         return {k: out[k].copy() for k in self.outputs}
 
-# %% ../../nbs/900_ship.runner.ipynb #3b06a883
+# %% ../../nbs/900_ship.runner.ipynb #f5202c7e
 # ending of a file → what runs it without torch
 runners: dict[str, Any] = {'.onnx': OnnxModel, '.xml': OpenVinoModel}
 

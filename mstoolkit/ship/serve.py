@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.serve.html.md"""
 # %% auto #0
 __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', 'decode_upload', 'Service', 'make_app', 'serve']
 
-# %% ../../nbs/920_ship.serve.ipynb #e4c894d1
+# %% ../../nbs/920_ship.serve.ipynb #db3f8073
 import asyncio
 import contextlib
 import os
@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -29,7 +30,7 @@ from ..data.image import ImageError, image_header, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
-# %% ../../nbs/920_ship.serve.ipynb #03a5bd1c
+# %% ../../nbs/920_ship.serve.ipynb #76d60084
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder, a model file or an address of the hub
     threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
@@ -52,7 +53,7 @@ def open_to_serve(
     maps = not no_maps(clf)
     return TorchModel(clf, shipped_header(clf, model, maps), maps)
 
-# %% ../../nbs/920_ship.serve.ipynb #c9b197de
+# %% ../../nbs/920_ship.serve.ipynb #2a0bfb50
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "How much a server takes on."
@@ -72,7 +73,7 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {good}")
 
-# %% ../../nbs/920_ship.serve.ipynb #09e86238
+# %% ../../nbs/920_ship.serve.ipynb #a6344465
 class Batcher:
     "Gathers pictures that come together and runs them as one batch."
     def __init__(self,
@@ -129,7 +130,7 @@ class Batcher:
         if self.task: self.task.cancel()
         self.pool.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #41fa4ed0
+# %% ../../nbs/920_ship.serve.ipynb #99b4cfdd
 class Refused(Exception):
     "A request that is not answered, with the reason."
     def __init__(self,
@@ -171,7 +172,7 @@ def multipart_files(
     except FormParserError as e: raise Refused(422, f'the form cannot be read: {e}') from e
     return [bytes(o) for o in out]
 
-# %% ../../nbs/920_ship.serve.ipynb #518ec442
+# %% ../../nbs/920_ship.serve.ipynb #9dd588bd
 _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated': 422, 'damaged': 422}
 
 def decode_upload(
@@ -189,7 +190,7 @@ def decode_upload(
     # a header may be damaged in ways that its reader has no words for
     except Exception as e: raise Refused(422, "the picture cannot be read: damaged") from e
 
-# %% ../../nbs/920_ship.serve.ipynb #a855db8f
+# %% ../../nbs/920_ship.serve.ipynb #da2464d9
 class Service:
     "What a server has besides its routes: the model, its limits and its counts."
     def __init__(self,
@@ -288,7 +289,7 @@ class Service:
         self.batcher.close()
         self.decoders.shutdown(wait=False)
 
-# %% ../../nbs/920_ship.serve.ipynb #b141b657
+# %% ../../nbs/920_ship.serve.ipynb #df8630c1
 _about = dict(
     summary='Name what is in pictures',
     description='Send a picture as the body, or several as files of a multipart form. The answer has a prediction for each, '
@@ -372,10 +373,11 @@ def make_app(
 
     return app
 
-# %% ../../nbs/920_ship.serve.ipynb #5aec74df
+# %% ../../nbs/920_ship.serve.ipynb #bf413efb
 @contextlib.contextmanager
 def _libraries_hushed():
-    "What C libraries say of damaged pictures goes nowhere, or any client could fill a log; Python's own words go on."
+    "What decoders say of damaged pictures goes nowhere, or any client could fill a log; Python's own words go on."
+    warnings.simplefilter('ignore') # Pillow's, in words from the file
     try: kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     except OSError: kept = -1 # it is closed
     if kept < 0:
@@ -418,6 +420,6 @@ def serve(
     # it raises the signal again when it has stopped, which would end the process before it could say that all went well
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with _libraries_hushed(): server.run(sockets=[sock])
+        with warnings.catch_warnings(), _libraries_hushed(): server.run(sockets=[sock])
     finally:
         for s, handler in before.items(): signal.signal(s, handler)

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.web.html.md"""
 # %% auto #0
 __all__ = ['runtime_files', 'render_page', 'render_docs', 'check_runtime', 'write_page']
 
-# %% ../../nbs/905_ship.web.ipynb #95c406ce
+# %% ../../nbs/905_ship.web.ipynb #cccfc074
 import base64
 import hashlib
 import json
@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ..core import counted
 from .runner import ShippedHeader, confidence_words
 
-# %% ../../nbs/905_ship.web.ipynb #c023eaed
+# %% ../../nbs/905_ship.web.ipynb #0f712a9a
 _policies = { # besides nothing at all
     'serve': "connect-src 'self'; script-src {script}",
     'web': "connect-src 'self'; script-src 'self' 'wasm-unsafe-eval' {script}"}
@@ -54,7 +54,7 @@ def render_page(
         facts=f"{h.network[:1].upper()}{h.network[1:]}, {' and '.join(map(str, h.sizes))} px, version {h.version}.")
     return page, policy
 
-# %% ../../nbs/905_ship.web.ipynb #6a33eaa7
+# %% ../../nbs/905_ship.web.ipynb #e961e82c
 def render_docs(
     api: dict, # OpenAPI's description of a server
     token: bool = False # whether clients have to bring one
@@ -63,7 +63,7 @@ def render_docs(
     env = Environment(loader=PackageLoader('mstoolkit'), autoescape=True)
     return env.get_template('ship_docs.html').render(api=api, auth=Markup(" -H 'Authorization: Bearer TOKEN'") if token else '')
 
-# %% ../../nbs/905_ship.web.ipynb #6abecf10
+# %% ../../nbs/905_ship.web.ipynb #c057fbe7
 runtime_files = 'ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm' # of onnxruntime-web
 
 def check_runtime(
