@@ -300,11 +300,11 @@ class Classifier:
         return lambda x: model.mean(run(o) for run, o in zip(each, model.inputs(x)))
 
     @overload
-    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]
+    def predict(self, images: list|tuple, *, bs: int = ...) -> list[Prediction]: ...
     @overload
-    def predict(self, images: Sequence[Picture], *, bs: int = ...) -> list[Prediction]: ...
+    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ...
     def predict(self,
-        images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list
+        images: Picture|list|tuple, # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list of such
         *,
         bs: int = 64 # images in a batch
     ) -> Prediction|list[Prediction]: # of a list, a list

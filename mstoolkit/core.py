@@ -211,7 +211,7 @@ def new_folder(
             shutil.rmtree(first, ignore_errors=True)
         raise
 
-# %% ../nbs/010_core.ipynb #a49dd353
+# %% ../nbs/010_core.ipynb #0273b5a0
 @contextlib.contextmanager
 def atomic_folder(
     path: str|Path # the folder to make: see `check_new`

@@ -7,13 +7,13 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.keep.html.md"""
 # %% auto #0
 __all__ = ['KeepModel']
 
-# %% ../../nbs/625_callback.keep.ipynb #0bcd7afe
+# %% ../../nbs/625_callback.keep.ipynb #037382b5
 from fastai.torch_core import rank_distrib
 
 from .tracker import KeepBest
 from ..classifier import Classifier
 
-# %% ../../nbs/625_callback.keep.ipynb #e6fe26a3
+# %% ../../nbs/625_callback.keep.ipynb #2c95cf03
 class KeepModel(KeepBest):
     "`KeepBest` whose file is a whole model file: the best weights with class names, size and normalisation."
     def _save(self):

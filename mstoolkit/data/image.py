@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -310,7 +310,7 @@ def decode_all(
             with overheard() as said: out = list(ex.map(f, some))
             yield from (map(f, some) if said else out)
 
-# %% ../../nbs/110_data.image.ipynb #f9df6329
+# %% ../../nbs/110_data.image.ipynb #5ffe99c9
 def shrink(
     im: np.ndarray, # uint8 H×W×3
     hw: tuple[int, int] # height, width
@@ -324,8 +324,9 @@ def shrink(
         im = cv2.resize(im[:h*ky, :w*kx], (w, h), interpolation=cv2.INTER_AREA)
     return im if im.shape[:2] == tuple(hw) else cv2.resize(im, hw[::-1], interpolation=cv2.INTER_LINEAR)
 
-# %% ../../nbs/110_data.image.ipynb #6dda3209
-Picture = str|Path|bytes|np.ndarray|Image.Image # what can be classified: where a file is, its content, or pixels as for `to_rgb`
+# %% ../../nbs/110_data.image.ipynb #52d6b06e
+# what can be classified: where a file is, its content, or pixels as for `to_rgb`
+Picture: TypeAlias = str|Path|bytes|np.ndarray|Image.Image
 
 def pixels_of(
     o: Picture, # an image

@@ -8,9 +8,10 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.card.html.md"""
 __all__ = ['card_text', 'write_card']
 
 # %% ../../nbs/930_ship.card.ipynb #66e198df
+import shutil
 from dataclasses import replace
 from pathlib import Path
-import shutil
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
@@ -47,7 +48,7 @@ def _rows(run: Run) -> list[dict]:
 def _recipe(run: Run) -> str: # TOML, '' for several networks
     "What it was trained by, with names in the place of this machine's paths."
     if isinstance(run, Several): return ''
-    bare = {k: Path(v).name for k in ('weights_file', 'teacher') if (v := getattr(run.recipe, k))}
+    bare: dict[str, Any] = {k: Path(v).name for k in ('weights_file', 'teacher') if (v := getattr(run.recipe, k))}
     return replace(run.recipe, **bare).to_toml()
 
 def _data(run: Run) -> list[str]:

@@ -130,11 +130,11 @@ class Runner(ABC):
         return [np.stack(o) for o in zip(*images)]
 
     @overload
-    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ... # type: ignore[overload-overlap]
+    def predict(self, images: list|tuple, *, bs: int = ...) -> list[Prediction]: ...
     @overload
-    def predict(self, images: Sequence[Picture], *, bs: int = ...) -> list[Prediction]: ...
+    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ...
     def predict(self,
-        images: Picture|Sequence[Picture], # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list
+        images: Picture|list|tuple, # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list of such
         *,
         bs: int = 32 # images in a batch
     ) -> Prediction|list[Prediction]: # of a list, a list

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -242,8 +243,8 @@ class Service:
         "The network's answer to a picture."
         self.batcher.coming += 1
         try:
-            work = decode_upload, data, self.runner.header.sizes, 1e6*self.limits.max_megapixels
-            pixels = await asyncio.get_running_loop().run_in_executor(self.decoders, *work)
+            work = partial(decode_upload, data, self.runner.header.sizes, 1e6*self.limits.max_megapixels)
+            pixels = await asyncio.get_running_loop().run_in_executor(self.decoders, work)
         finally: self.batcher.coming -= 1
         return await self.batcher.ask(pixels)
 
