@@ -7,13 +7,13 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.keep.html.md"""
 # %% auto #0
 __all__ = ['KeepModel']
 
-# %% ../../nbs/625_callback.keep.ipynb #037382b5
+# %% ../../nbs/625_callback.keep.ipynb #9f1cf54a
 from fastai.torch_core import rank_distrib
 
 from .tracker import KeepBest
 from ..classifier import Classifier
 
-# %% ../../nbs/625_callback.keep.ipynb #2c95cf03
+# %% ../../nbs/625_callback.keep.ipynb #d968988c
 class KeepModel(KeepBest):
     "`KeepBest` whose file is a whole model file: the best weights with class names, size and normalisation."
     def _save(self):

@@ -310,7 +310,7 @@ def decode_all(
             with overheard() as said: out = list(ex.map(f, some))
             yield from (map(f, some) if said else out)
 
-# %% ../../nbs/110_data.image.ipynb #5ffe99c9
+# %% ../../nbs/110_data.image.ipynb #2f2b4d49
 def shrink(
     im: np.ndarray, # uint8 H×W×3
     hw: tuple[int, int] # height, width
@@ -324,7 +324,7 @@ def shrink(
         im = cv2.resize(im[:h*ky, :w*kx], (w, h), interpolation=cv2.INTER_AREA)
     return im if im.shape[:2] == tuple(hw) else cv2.resize(im, hw[::-1], interpolation=cv2.INTER_LINEAR)
 
-# %% ../../nbs/110_data.image.ipynb #52d6b06e
+# %% ../../nbs/110_data.image.ipynb #ec3d7d0a
 # what can be classified: where a file is, its content, or pixels as for `to_rgb`
 Picture: TypeAlias = str|Path|bytes|np.ndarray|Image.Image
 

@@ -8,7 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.export.html.md"""
 __all__ = ['bounds', 'half_bound', 'most_images', 'formats', 'ShippedNetwork', 'onnx_model', 'TorchExported', 'TorchModel',
            'Compared', 'compare', 'shipped_header', 'Exported', 'default_out', 'export', 'no_maps']
 
-# %% ../../nbs/910_ship.export.ipynb #e4b3676d
+# %% ../../nbs/910_ship.export.ipynb #66779634
 import contextlib
 import io
 import json
@@ -41,7 +41,7 @@ from ..runs import Run, Several, read_env, run_file, run_files
 from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches
 from .web import check_runtime, write_page
 
-# %% ../../nbs/910_ship.export.ipynb #f25a7482
+# %% ../../nbs/910_ship.export.ipynb #ea1b5e7a
 class ShippedNetwork(nn.Module):
     "A classifier from uint8 pixels to probabilities, in evaluation mode."
     def __init__(self,
@@ -113,7 +113,7 @@ def _n_maps(net: nn.Module) -> int:
     "How many scales the head of a network uses: a plain head the last alone."
     return len(net[1].channels) if hasattr(net[1], 'channels') else 1
 
-# %% ../../nbs/910_ship.export.ipynb #30083685
+# %% ../../nbs/910_ship.export.ipynb #30093b49
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
     "Without the exporters' own telling, which is about their insides."
@@ -172,7 +172,7 @@ def _save_onnx(made, header: ShippedHeader, file: Path):
     _describe(made, header)
     file.write_bytes(made.SerializeToString())
 
-# %% ../../nbs/910_ship.export.ipynb #faa96ac4
+# %% ../../nbs/910_ship.export.ipynb #282b5416
 _half_keeps = ['Softmax', 'ArgMax', 'Equal', 'ReduceMean', 'LayerNormalization'] # what would lose too much in 16 bits
 
 def _onnx_half(made):
@@ -257,7 +257,7 @@ class TorchModel(Runner):
         with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
         return {k: v.numpy() for k, v in zip(self.model.output_names, out)}
 
-# %% ../../nbs/910_ship.export.ipynb #d57478c7
+# %% ../../nbs/910_ship.export.ipynb #67fb49cc
 # format → largest difference of a probability from PyTorch's; and for 16 bits
 bounds = {'onnx': 1e-4, 'openvino': 1e-3, 'torch-export': 1e-4, 'web': 1e-4}
 half_bound = .02
@@ -340,7 +340,7 @@ def compare(
     speed = _speed(runner, TorchModel(clf, runner.header))
     return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, **speed, **found)
 
-# %% ../../nbs/910_ship.export.ipynb #d2364663
+# %% ../../nbs/910_ship.export.ipynb #01ceb238
 most_images = 1000 # that are compared on
 
 def _spread(items: list, n: int) -> list: # at most `n`, evenly
@@ -383,7 +383,7 @@ def shipped_header(
                          calibrated=judged, temperature=h.temperature, metrics=h.metrics, versions=h.versions,
                          network=f'{counted(len(h.members), "network")}, the first a {one}' if h.members else one)
 
-# %% ../../nbs/910_ship.export.ipynb #b204fdc4
+# %% ../../nbs/910_ship.export.ipynb #0b5bfb2c
 formats = {'onnx': 'onnx', 'openvino': 'openvino', 'torch-export': 'torch_export', 'web': 'web'} # → key of `run_files`
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class Runner(ABC):
     ) -> Prediction|list[Prediction]: # of a list, a list
         "Name what is in an image, with a probability for each class; what cannot be read is an `ImageError`."
         many = isinstance(images, (list, tuple))
-        out = answers(self.probs(images if many else [images], bs), self.header.classes)
+        some: Any = images if many else [images]
+        out = answers(self.probs(some, bs), self.header.classes)
         return out if many else out[0]
 
 # %% ../../nbs/900_ship.runner.ipynb #69344cd1
