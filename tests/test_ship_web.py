@@ -29,7 +29,7 @@ def browser():
     api = pytest.importorskip('playwright.sync_api')
     if not chromium: pytest.skip('no chromium here')
     with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'])
         yield b
         b.close()
 
@@ -128,6 +128,14 @@ def test_paste_drop_and_mistakes(url, open_page, made):
         page.evaluate(fire, ['drop', base64.b64encode(b'no picture').decode(), 'a.txt', 'text/plain'])
         page.wait_for_selector('#error:not([hidden])')
         assert 'cannot read' in page.get_by_role('alert').inner_text()
+
+
+def test_a_photograph_is_taken(url, open_page):
+    page = open_page(url, permissions=['camera'])
+    page.get_by_role('button', name='Take a photograph').click()
+    page.get_by_role('button', name='Take the picture').click()
+    assert '%' in shown(page) and page.locator('#camera').is_hidden()
+    assert page.evaluate("document.querySelector('video').srcObject.getTracks().every(t => t.readyState == 'ended')"), 'the camera is off'
 
 
 def test_keyboard_and_names(url, open_page, made):
