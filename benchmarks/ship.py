@@ -69,6 +69,7 @@ def formats(args):
                     c = export(file, out, format=format, images=images).compared
                     rows.append(dict(backbone=backbone, size=size, head=head, format=format, largest=c.largest, changed=len(c.changed), mb=c.mb, ms=c.ms, per_second=c.per_second))
                     print(rows[-1], flush=True)
+                    Path(args.out).write_text(json.dumps(dict(rows=rows) | args.where)) # one that is stopped has measured something
     return dict(rows=rows)
 
 
@@ -120,7 +121,8 @@ async def clients(url: str, n: int, bodies: list, seconds: float) -> dict:
         await asyncio.gather(*(one(c, k) for k in range(n)))
         whole = time.perf_counter()-start
     q = np.quantile(took, [.5, .95, .99]) if took else [float('nan')]*3
-    return dict(clients=n, per_second=len(took)/whole, refused=refused, p50=1e3*q[0], p95=1e3*q[1], p99=1e3*q[2])
+    p50, p95, p99 = (round(1e3*float(o), 1) for o in q)
+    return dict(clients=n, per_second=round(len(took)/whole, 1), refused=refused, p50=p50, p95=p95, p99=p99)
 
 
 def load(args):
@@ -257,10 +259,9 @@ def main():
     args = p.parse_args()
     if args.what == 'page': return page(args)
     os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))
-    began = busy()
-    out = globals()[args.what](args)
     from machine import machine
-    Path(args.out).write_text(json.dumps(out | dict(date=time.strftime('%Y-%m-%d'), machine=machine(), busy=began)))
+    args.where = dict(date=time.strftime('%Y-%m-%d'), machine=machine(), busy=busy())
+    Path(args.out).write_text(json.dumps(globals()[args.what](args) | args.where))
 
 
 if __name__ == '__main__': main()
