@@ -401,7 +401,7 @@ def convert(
     clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=names, size=size)
     print(f"{clf.save(out)}: {clf.header.config['head']} head on {backbone}, {len(clf.header.classes)} classes")
 
-# %% ../nbs/810_cli.ipynb #6672235f
+# %% ../nbs/810_cli.ipynb #aa7df75c
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="run folder, or model file")],
@@ -429,7 +429,7 @@ def export(
     done = run(model, out, format=format, maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
     print(*done.lines(), sep='\n')
 
-# %% ../nbs/810_cli.ipynb #140b6a33
+# %% ../nbs/810_cli.ipynb #e08f6cc0
 @app.command()
 def serve(
     model: Annotated[Path, typer.Argument(
@@ -453,7 +453,7 @@ def serve(
     limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, max_waiting=max_waiting, seconds=seconds, batch=batch, wait_ms=wait_ms)
     run(model, host=host, port=port, token=token, limits=limits, threads=threads)
 
-# %% ../nbs/810_cli.ipynb #5e0bc490
+# %% ../nbs/810_cli.ipynb #535c6c46
 @app.command()
 def card(
     run: Annotated[Path, typer.Argument(help="run folder, or folder of several models")],

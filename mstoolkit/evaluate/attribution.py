@@ -169,7 +169,7 @@ def _overlap(n: int, finer: int, like: torch.Tensor) -> torch.Tensor: # (finer, 
     common = torch.minimum(a[1:], b[1:, None]) - torch.maximum(a[:-1], b[:-1, None])
     return (common.clamp_min(0)*n).to(like)
 
-# %% ../../nbs/530_evaluate.attribution.ipynb #760015e1
+# %% ../../nbs/530_evaluate.attribution.ipynb #eff4582b
 def added_maps(
     maps: list # (B, h_i, w_i), of what positions add
 ) -> torch.Tensor: # (B, h, w), of the finest
@@ -178,7 +178,7 @@ def added_maps(
     spread = lambda m: torch.einsum('bij,hi,wj->bhw', m, _overlap(m.shape[1], h, m), _overlap(m.shape[2], w, m))
     return torch.stack([m if m.shape[1:] == (h, w) else spread(m) for m in maps]).sum(0)
 
-# %% ../../nbs/530_evaluate.attribution.ipynb #b81c8a4d
+# %% ../../nbs/530_evaluate.attribution.ipynb #51cef558
 def _predicted(net: nn.Module, x) -> list[int]:
     "The classes that a network answers with in evaluation mode."
     mode = [(m, m.training) for m in net.modules()]
