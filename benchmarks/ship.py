@@ -217,7 +217,8 @@ def in_browser(folder: Path, files: list, chromium: str) -> list:
 def page(args):
     "ship.md, from what was measured."
     got = {Path(f).stem: json.loads(Path(f).read_text()) for f in args.files}
-    out = ['# Shipped models\n', __doc__.strip().partition('\n\n    ')[2].rpartition('\n\n')[2].replace('\n', ' ') + '\n']
+    commands, _, about = __doc__.strip().partition('\n\n')[2].rpartition('\n\n')
+    out = ['# Shipped models\n', commands + '\n', about.replace('\n', ' ') + '\n']
     where = lambda o: f"{o['date']}, {o['machine']}; other programs kept {o['busy']} threads at work when it began.\n"
     if o := got.get('formats'):
         out += ['## Every format beside PyTorch\n', where(o), 'Twelve pictures, file to answer, in batches of 1, 2 and 7. Times are the file\'s ÷ PyTorch\'s, less is better: of one image, and of an image in batches of 32.\n',
@@ -238,6 +239,8 @@ def page(args):
         out += ['\n## One answer over every path\n', where(o), f"{o['photographs']} photographs, beside `Classifier.predict`; {o['reduced']} of them are large enough ({2*o['size']} px) to be decoded at a half or less in Python, which no browser does.\n",
                 '| path | largest difference of a probability | median of the pictures | answers changed |', '|---|---:|---:|---:|']
         out += [f"| {r['path']} | {r['largest']:.0e} | {r['median']:.0e} | {r['changed']} |" for r in o['rows']]
+    if any(o['busy'] >= 1 for o in got.values()):
+        out[3:3] = ['**Taken beside other programs** (how many threads they kept at work stands at each table), at the lowest priority: differences, sizes and answers are what they are, times say little.\n']
     (HERE/'ship.md').write_text('\n'.join(out)+'\n', encoding='utf-8')
 
 
