@@ -29,7 +29,7 @@ TABS = {
 }
 
 # Rooms of the reference, what a user calls first coming first: the first of a notebook's three digits, its title.
-ROOMS = {'1': 'Data', '6': 'Learners', '7': 'Train, predict, report', '2': 'Networks', '3': 'Losses and callbacks',
+ROOMS = {'1': 'Data', '6': 'Learners', '7': 'Train, predict, report', '9': 'Ship', '2': 'Networks', '3': 'Losses and callbacks',
          '4': 'Recipes and runs', '5': 'Judging', '8': 'Command line', '0': 'Ground'}
 
 

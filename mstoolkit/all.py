@@ -47,6 +47,7 @@ from .evaluate.stats import verdicts
 from .learner import *
 from .classifier import *
 from .callback.distill import Distill
+from .callback.keep import KeepModel
 from .plan import auto_recipe, data_facts
 from .train import *
 from .predict import *

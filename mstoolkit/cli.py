@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Plugin', 'plain_options', 'train_command', 'distill', 'predict', 'views', 'combine', 'submit', 'check',
-           'convert', 'ablate', 'report', 'backbones', 'params', 'data', 'demo', 'main']
+           'convert', 'export', 'serve', 'card', 'ablate', 'report', 'backbones', 'params', 'data', 'demo', 'main']
 
 # %% ../nbs/810_cli.ipynb #0f234a9b
 import inspect
@@ -51,7 +51,8 @@ _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
     head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'photo', 'strong', 'upright', 'shift'),
     device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
-    on_bad=('error', 'skip'), tta=('none', 'flip', 'sizes', 'flip+sizes'), data=('navon', 'digits', 'fashion-mnist'))
+    on_bad=('error', 'skip'), tta=('none', 'flip', 'sizes', 'flip+sizes'), format=('onnx', 'openvino', 'torch-export', 'web'),
+    data=('navon', 'digits', 'fashion-mnist'))
 
 def _complete(names: tuple) -> Callable: # typer keeps those that begin as the word that was begun
     "What completes a word; where no name does, the shell goes on with files."
@@ -399,6 +400,74 @@ def convert(
     names = read_classes(classes) if classes else None
     clf = Classifier.from_report_a(checkpoint, backbone=backbone, classes=names, size=size)
     print(f"{clf.save(out)}: {clf.header.config['head']} head on {backbone}, {len(clf.header.classes)} classes")
+
+# %% ../nbs/810_cli.ipynb #aa7df75c
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="run folder, or model file")],
+    format: Annotated[str, typer.Option(autocompletion=_complete(_names['format']), help=', '.join(_names['format']))] = 'onnx',
+    out: Annotated[Optional[Path], typer.Option('--out', '-o',
+        help="file or folder to write; model.onnx … in the run folder, or beside the model file")] = None,
+    maps: Annotated[bool, typer.Option('--maps', help="give the exact map of each scale, too")] = False,
+    half: Annotated[bool, typer.Option('--half', help="16 bits, for GPUs")] = False,
+    int8: Annotated[bool, typer.Option('--int8', help="8 bits, calibrated on the run's training images")] = False,
+    max_drop: Annotated[float, typer.Option(help="with --int8: points of accuracy that it may cost")] = .5,
+    images: Annotated[Optional[Path], typer.Option(
+        help="folder of images to compare with PyTorch on; a run's validation images, where nothing is said")] = None,
+    runtime: Annotated[Optional[Path], typer.Option(
+        help="with --format web: folder of onnxruntime-web's files, dist of the npm package")] = None,
+    threads: Annotated[Optional[int], typer.Option(min=1,
+        help="CPU threads of the comparison; the machine's, where nothing is said")] = None,
+    plugin: Plugin = None,
+):
+    "Write a model for ONNX, OpenVINO, torch.export or a browser, and leave it there only if it gives the same answers."
+    choice(format, _names['format'], 'format')
+    if images: _folder(images)
+    if out: check_new(out, 'exported model')
+    if threads: _set_threads(threads)
+    from mstoolkit.ship.export import export as run
+    done = run(model, out, format=format, maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
+    print(*done.lines(), sep='\n')
+
+# %% ../nbs/810_cli.ipynb #e08f6cc0
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(
+        help="run folder, model file, or exported file (.onnx, or .xml of OpenVINO), which is served without torch")],
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for all of this machine's")] = '127.0.0.1',
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen at; 0 takes one that is free")] = 8000,
+    token: Annotated[str, typer.Option(envvar='MSTOOLKIT_TOKEN', show_envvar=True,
+        help="what clients have to bring (Authorization: Bearer …)")] = '',
+    max_mb: Annotated[float, typer.Option(help="largest body of a request, in MB")] = 20.,
+    max_megapixels: Annotated[float, typer.Option(help="largest picture, in millions of pixels")] = 50.,
+    max_waiting: Annotated[int, typer.Option(help="pictures that may wait; the rest get 503 with Retry-After")] = 256,
+    seconds: Annotated[float, typer.Option(help="longest that a request may take")] = 20.,
+    batch: Annotated[int, typer.Option(help="most pictures that the network is given at once")] = 32,
+    wait_ms: Annotated[float, typer.Option(help="milliseconds that a batch waits for pictures that are being decoded")] = 4.,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of an exported file's runtime; 0 leaves that to it")] = 0,
+    plugin: Plugin = None,
+):
+    "Put a model behind an address: POST /predict for programs, a page for people, /docs says how."
+    from mstoolkit.ship.serve import Limits
+    from mstoolkit.ship.serve import serve as run
+    limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, max_waiting=max_waiting, seconds=seconds, batch=batch, wait_ms=wait_ms)
+    run(model, host=host, port=port, token=token, limits=limits, threads=threads)
+
+# %% ../nbs/810_cli.ipynb #535c6c46
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="run folder, or folder of several models")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    name: Annotated[str, typer.Option(help="name of the model; the folder's, where nothing is said")] = '',
+    license: Annotated[str, typer.Option(help="as the hub abbreviates it: apache-2.0, cc-by-4.0 …")] = '',
+    maps: Annotated[bool, typer.Option('--maps', help="let the ONNX file give the exact map of each scale, too")] = False,
+    plugin: Plugin = None,
+):
+    "Write a folder for the Hugging Face hub: model, ONNX file, model card and picture, ready for hf upload."
+    _folder(run)
+    check_new(out, 'folder')
+    from mstoolkit.ship.card import write_card
+    print(f"{write_card(run, out, name=name, license=license, maps=maps)}: hf upload OWNER/{name or out.name} {out}")
 
 # %% ../nbs/810_cli.ipynb #bc682c2e
 @app.command()

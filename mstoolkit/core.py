@@ -6,15 +6,16 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
-           'write_text', 'signals_wait', 'check_new', 'new_folder', 'track', 'pick_device', 'end_with_parent',
-           'keep_freed_memory', 'out_of_memory', 'free_memory', 'cpu_quota', 'share_processors', 'others_at_work',
-           'process_age']
+           'file_digest', 'write_text', 'signals_wait', 'check_new', 'new_folder', 'atomic_folder', 'track',
+           'pick_device', 'end_with_parent', 'keep_freed_memory', 'out_of_memory', 'free_memory', 'cpu_quota',
+           'share_processors', 'others_at_work', 'process_age']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
 import ctypes
 import difflib
 import errno
+import hashlib
 import importlib
 import os
 import random
@@ -142,6 +143,15 @@ def atomic_path(
         with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/010_core.ipynb #845ca8ab
+def file_digest(
+    path: str|Path # a file
+) -> str: # 16 hexadecimal digits
+    "A fingerprint of a file's content."
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20): h.update(block)
+    return h.hexdigest()[:16]
+
 def write_text(
     path: str|Path, # the file to (re)write
     text: str # its new content, written as UTF-8
@@ -200,6 +210,23 @@ def new_folder(
         if first and first.exists() and not any(p.is_file() for p in first.rglob('*')):
             shutil.rmtree(first, ignore_errors=True)
         raise
+
+# %% ../nbs/010_core.ipynb #0273b5a0
+@contextlib.contextmanager
+def atomic_folder(
+    path: str|Path # the folder to make: see `check_new`
+) -> Iterator[Path]: # a temporary folder beside it, to write into
+    "Yield a temporary folder that becomes `path` when the block ends well and vanishes when it raises."
+    path = check_new(path, 'folder')
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+    try:
+        tmp.mkdir(parents=True)
+        yield tmp
+        for f in tmp.rglob('*'): _fsync(f)
+        if path.is_dir(): path.rmdir() # it is empty
+        os.replace(tmp, path)
+        _fsync(path.parent)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/010_core.ipynb #5c43b90d
 def _in_notebook() -> bool:

@@ -45,6 +45,10 @@ run_files = dict(
     curves='figures/curves.png',
     report='report.html',
     submission='predictions.csv', # what the demo predicts for its test folder
+    onnx='model.onnx', # the model for those without torch, from `mstoolkit export`, and in other forms:
+    openvino='model.openvino',
+    torch_export='model.pt2',
+    web='model.web',
     state='checkpoint/state.pt', # all that the next epoch depends on; gone when the run has ended
     lock='checkpoint/lock')
 

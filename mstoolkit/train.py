@@ -44,7 +44,8 @@ from .callback.progress import TrainProgress
 from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
-from .classifier import Classifier, KeepModel, change_header, model_digest, read_header
+from .callback.keep import KeepModel
+from .classifier import Classifier, change_header, model_digest, read_header
 from .core import (RunError, atomic_path, check_new, keep_freed_memory, new_folder, out_of_memory, pick_device,
                             seed_everything, signals_wait, write_text)
 from .data.check import check_samples

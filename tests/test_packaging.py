@@ -131,7 +131,7 @@ def test_twine_finds_nothing(wheel, sdist):
     assert r.returncode == 0 and r.stdout.count('PASSED') == 2, r.stdout
 
 
-def package_files(): return {p.relative_to(ROOT).as_posix() for p in (ROOT/'mstoolkit').rglob('*') if p.suffix in ('.py', '.html') or p.name == 'py.typed'}
+def package_files(): return {p.relative_to(ROOT).as_posix() for p in (ROOT/'mstoolkit').rglob('*') if p.suffix in ('.py', '.html', '.js', '.md') or p.name == 'py.typed'}
 
 
 def test_wheel_holds_every_module_and_template(wheel):

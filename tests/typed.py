@@ -18,6 +18,8 @@ from mstoolkit.runs import Run, Several
 from mstoolkit.several.combine import combine
 from mstoolkit.several.folds import train_folds
 from mstoolkit.several.submit import Expected, submit
+from mstoolkit.ship.export import Exported, export
+from mstoolkit.ship.runner import Prediction, open_exported
 from mstoolkit.train import train
 from typing_extensions import assert_type
 
@@ -37,6 +39,10 @@ def models() -> None:
     assert_type(read_header('model.safetensors').size, int)
     assert_type(clf.save('model.safetensors'), Path)
     assert_type(average_models(['runs/a', clf], [2, 1]), Classifier)
+    assert_type(clf.predict('a.png'), Prediction)
+    assert_type(clf.predict([Path('a.png'), Path('b.png')]), list[Prediction])
+    assert_type(export('runs/a', format='onnx', maps=True), Exported)
+    assert_type(open_exported('model.onnx').predict(b'...'), Prediction)
 
 
 def runs(table: Any) -> None:

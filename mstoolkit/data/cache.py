@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from .augment import shrink
 from ..core import atomic_path, track
-from .image import read_image
+from .image import read_image, shrink
 
 # %% ../../nbs/140_data.cache.ipynb #2ac18152
 _magic = b'mstoolkit cache 1\n'

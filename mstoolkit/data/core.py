@@ -35,7 +35,8 @@ from .augment import apply_tfms, augment_tfms, mirrors, split_colour
 from .cache import build_cache
 from ..core import choice, track
 from .colour import DeviceColour
-from .image import ImageError, decode_all, imagenet_mean, imagenet_std, pil_rgb, read_image, to_rgb
+from .image import (ImageError, decode_all, imagenet_mean, imagenet_std, pil_rgb, read_image, scale_shift,
+                                  to_rgb)
 from .sources import (DataSource, Sample, class_names, data_source, fold_split, source_samples,
                                     stratified_split)
 from .workers import Workers, start_method, worker_deaths, worker_init
@@ -126,8 +127,7 @@ class NormalizeUint8(DisplayedTransform):
         std: tuple # per channel
     ):
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        m, s = (torch.tensor(o, dtype=torch.float32).view(1, -1, 1, 1) for o in (self.mean, self.std))
-        self.scale, self.shift = 1/(255*s), -m/s
+        self.scale, self.shift = (torch.from_numpy(o).view(1, -1, 1, 1) for o in scale_shift(self.mean, self.std))
 
     def to(self,
         device: torch.device|str # where the batches are

@@ -1,0 +1,74 @@
+// What the browser decodes, over white.
+function decoded(im) {
+  const c = document.createElement('canvas');
+  c.width = im.width; c.height = im.height;
+  const ctx = c.getContext('2d', {willReadFrequently: true});
+  ctx.fillStyle = '#fff'; ctx.fillRect(0, 0, c.width, c.height); ctx.drawImage(im, 0, 0);
+  const rgba = ctx.getImageData(0, 0, c.width, c.height).data, data = new Uint8Array(3*c.width*c.height);
+  for (let i = 0, j = 0; i < rgba.length; i += 4, j += 3) { data[j] = rgba[i]; data[j+1] = rgba[i+1]; data[j+2] = rgba[i+2]; }
+  return {h: c.height, w: c.width, data};
+}
+const halfEven = v => { const f = Math.floor(v), d = v - f; return d > .5 || d === .5 && f % 2 ? f+1 : f; };
+
+// The average of whole blocks, and the linear interpolation in 11 bits, as OpenCV computes them: the same numbers.
+function blocks({h, w, data}, ky, kx) {
+  const H = Math.floor(h/ky), W = Math.floor(w/kx), out = new Uint8Array(3*H*W), inv = Math.fround(1/(ky*kx));
+  for (let y = 0; y < H; y++) for (let x = 0; x < W; x++) for (let c = 0; c < 3; c++) {
+    let s = 0;
+    for (let i = 0; i < ky; i++) for (let j = 0, at = 3*((y*ky+i)*w + x*kx) + c; j < kx; j++, at += 3) s += data[at];
+    out[3*(y*W+x) + c] = ky === 2 && kx === 2 ? (s+2) >> 2 : Math.min(255, halfEven(Math.fround(s*inv)));
+  }
+  return {h: H, w: W, data: out};
+}
+function places(n, N, edge) {
+  return Array.from({length: n}, (_, o) => {
+    const at = Math.fround((o+.5)*(N/n) - .5);
+    let i = Math.floor(at), f = Math.fround(at - i);
+    if (edge && (i < 0 || i >= N-1)) f = 0;
+    return [Math.min(N-1, Math.max(0, i)), Math.min(N-1, Math.max(0, i+1)), halfEven(Math.fround((1-f)*2048)), halfEven(Math.fround(f*2048))];
+  });
+}
+function linear({h, w, data}, H, W) {
+  const out = new Uint8Array(3*H*W), xs = places(W, w, true), ys = places(H, h, false);
+  const row = y => { const r = new Int32Array(3*W); xs.forEach(([i, j, a, b], x) => { for (let c = 0; c < 3; c++) r[3*x+c] = data[3*(y*w+i)+c]*a + data[3*(y*w+j)+c]*b; }); return r; };
+  const kept = new Map(), at = y => { if (!kept.has(y)) { if (kept.size > 4) kept.delete(kept.keys().next().value); kept.set(y, row(y)); } return kept.get(y); };
+  ys.forEach(([i, j, a, b], y) => {
+    const p = at(i), q = at(j);
+    for (let x = 0; x < 3*W; x++) out[3*W*y + x] = (((a*(p[x] >> 4)) >> 16) + ((b*(q[x] >> 4)) >> 16) + 2) >> 2;
+  });
+  return {h: H, w: W, data: out};
+}
+function resized(im, size) {
+  let ky = Math.max(1, Math.floor(im.h/size)), kx = Math.max(1, Math.floor(im.w/size));
+  if (Math.max(ky, kx) < 3*Math.min(ky, kx)) ky = kx = Math.min(ky, kx);
+  if (ky > 1 || kx > 1) im = blocks(im, ky, kx);
+  return im.h === size && im.w === size ? im : linear(im, size, size);
+}
+
+let opened = null;
+async function open() {
+  const ort = await import('./runtime/ort.wasm.min.mjs');
+  ort.env.wasm.wasmPaths = new URL('./runtime/', location.href).href;
+  ort.env.wasm.numThreads = 1; // more need headers that a static host does not send
+  return {ort, session: await ort.InferenceSession.create(HEADER.model)};
+}
+async function ask(file, im) {
+  if (!im) throw new Error('This browser cannot read the file as an image.');
+  opened ??= open();
+  let it;
+  try { it = await opened; }
+  catch (e) { opened = null; throw new Error(`The model cannot be loaded: ${e.message}`); }
+  const start = performance.now(), whole = decoded(im), feeds = {};
+  HEADER.sizes.forEach((s, i) => { feeds[it.session.inputNames[i]] = new it.ort.Tensor('uint8', resized(whole, s).data, [1, s, s, 3]); });
+  const out = await it.session.run(feeds), p = [...out.probabilities.data];
+  const ranked = p.map((v, i) => ({name: HEADER.names[i], probability: v})).sort((a, b) => b.probability - a.probability).slice(0, 5);
+  const maps = HEADER.strides.map((stride, i) => {
+    const {data, dims: [, h, w]} = out[`map_${i+1}`];
+    return {stride, rows: Array.from({length: h}, (_, y) => [...data.slice(y*w, y*w+w)])};
+  });
+  return {classes: ranked, maps, ms: performance.now() - start, all: p};
+}
+// for other programs on this page, and for tests: the probabilities of a file, in the order of the classes
+window.mstoolkit = {header: HEADER, resized, probabilities: async file => (await ask(file, await picture(file))).all};
+opened = open(); // while the picture is being chosen
+opened.catch(() => { opened = null; });
