@@ -229,6 +229,7 @@ class Recipe(PlainData):
     recompute:bool = option(False, bool, 'Machine',
                             "compute activations again in the backward pass instead of keeping them: less memory, "
                             "about a third slower")
+    sync_bn:bool = option(False, bool, 'Machine', "of several processes: batch norms use the statistics of the whole batch")
     compile:str = option('auto', str, 'Machine',
                          "torch.compile: auto tries it in a run of hours with precision auto, keeps it if faster",
                          choices=('auto', 'on', 'off'))
