@@ -45,6 +45,7 @@ from .callback.probe import FreezeNorms, FreezeStages, ProbeHead
 from .callback.progress import TrainProgress
 from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
+from .callback.track import Track, check_trackers
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .classifier import Classifier, KeepModel, change_header, model_digest, read_header
 from .core import (RunError, atomic_path, by_first, check_new, from_first, keep_freed_memory, n_processes, new_folder,
@@ -250,6 +251,11 @@ def _budget(r: Recipe, learn: Learner, clock: float) -> list:
     return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
                    passes_after=after/(2 if r.ema else 1), seconds_after=3 + written)]
 
+def _params(learn: Learner, r: Recipe) -> dict: # name → plain value
+    "What tools show beside the numbers of a run."
+    data = dict(path=str(learn.dls.path), classes=len(learn.dls.vocab), train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds))
+    return _told(r) | {f'data_{k}': v for k, v in data.items()} | dict(processes=n_processes())
+
 def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool, clock: float) -> dict:
     "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
     if not process_rank(): learn.run_history.csv = run_file(run, 'history')
@@ -298,6 +304,7 @@ def choose_bs(
 # %% ../nbs/710_train.ipynb #2984dbae
 def _prepare(r: Recipe, source: DataSource) -> Learner:
     "Data and learner of a run, checked."
+    check_trackers(r.track)
     seed_everything(r.seed)
     dls = recipe_dls(r, source)
     learn = recipe_learner(r, dls)
@@ -309,8 +316,9 @@ def _prepare(r: Recipe, source: DataSource) -> Learner:
 def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock: float, resume: bool = False):
     "Fit in the run folder and write down what came out; if it is stopped, say how to go on."
     learn.path, state = run, run_file(run, 'state')
+    track = [Track(r.track, run, params=_params(learn, r))] if r.track else []
     try:
-        result = _fit_into(learn, r, run, cbs, resume, clock)
+        result = _fit_into(learn, r, run, [*track, *(cbs or [])], resume, clock)
         env.update(result)
         if not process_rank():
             with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
@@ -325,7 +333,9 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
             how = 'the same mstoolkit ablate' if whole.name.startswith('.') else resume
             print(f"stopped; to go on after the last finished epoch: {how}", flush=True)
         elif not learn.run_history.rows and not resume: _take_back(run)
+        for t in track: t.close()
         raise
+    for t in track: t.finish(run_file(run, o) for o in ('model', 'recipe', 'source', 'history', 'preds', 'curves'))
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
           f"{env['seconds']/60:.1f} min", flush=True)
 
