@@ -17,7 +17,7 @@ from tiny import tiny_dls, tiny_learner, quiet
 from mstoolkit.callback.balance import balance_learner
 from mstoolkit.callback.distributed import Distributed, Share, own_part, part_sizes, synced_batch_norm
 from mstoolkit.callback.mix import BatchMix
-from mstoolkit.core import pick_device
+from mstoolkit.core import pick_device, seed_everything
 from mstoolkit.data.core import default_workers, image_dls
 from mstoolkit.learner import fusion_learner
 from mstoolkit.runs import read_env, run_file
@@ -161,7 +161,7 @@ def as_process(monkeypatch):
 def test_shares_of_image_loaders(image_folder, workers):
     "The same images in the same order as one process has them, augmented as there, whatever the number of workers."
     def epochs(rank=None, n=1, balanced=False):
-        dls = image_dls(image_folder, size=16, bs=7, num_workers=workers, device='cpu', seed=3)
+        dls = image_dls(image_folder, size=32, bs=7, num_workers=workers, device='cpu', seed=3)
         if balanced: balance_learner(fusion_learner(dls, 'test_resnet', pretrained=False), 'sampler')
         dl = dls.train if rank is None else Share(dls.train, rank, n)
         found = [[b[0].float() for b in dl] for _ in range(2)]
@@ -219,6 +219,7 @@ def test_processes_share_the_machine(as_process, monkeypatch):
 def test_one_process_is_left_alone():
     ends = []
     for cbs in [], [Distributed(sync_bn=True)]:
+        seed_everything(0)
         learn = tiny_learner(cbs=cbs)
         with quiet(learn): learn.fine_tune(2)
         ends.append([p.clone() for p in learn.model.parameters()])

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.distributed.html.md"""
 # %% auto #0
 __all__ = ['join_processes', 'together', 'part_sizes', 'own_part', 'Share', 'synced_batch_norm', 'Distributed', 'start_processes']
 
-# %% ../../nbs/395_callback.distributed.ipynb #1d54610d
+# %% ../../nbs/395_callback.distributed.ipynb #186918de
 import inspect
 import logging
 import os
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/395_callback.distributed.ipynb #3694d929
+# %% ../../nbs/395_callback.distributed.ipynb #25ae8fe0
 _launcher = 'MSTOOLKIT_LAUNCHER' # environment variable: the process that has started this one, to end with it
 
 def join_processes(
@@ -70,7 +70,7 @@ def together(
     with open(os.devnull, 'w') as null, redirect_stdout(null if process_rank() else sys.stdout): yield n
     if not met: torch.distributed.destroy_process_group() # not after a failure: it could wait for those that are gone
 
-# %% ../../nbs/395_callback.distributed.ipynb #c345ce3f
+# %% ../../nbs/395_callback.distributed.ipynb #92328576
 def part_sizes(
     n: int, # images of a batch
     processes: int # to share them
@@ -96,7 +96,7 @@ def own_part(
         mine += batch[first:first+sizes[rank]] or batch[:1]
     return mine
 
-# %% ../../nbs/395_callback.distributed.ipynb #ae0a5dff
+# %% ../../nbs/395_callback.distributed.ipynb #0f680122
 class Share(GetAttr):
     "This process's part of each batch of a fastai loader; anything else asked of it, the loader answers."
     _default = 'dl'
@@ -143,7 +143,7 @@ class Share(GetAttr):
             del dl.get_idxs
             dl.__dict__.update(before)
 
-# %% ../../nbs/395_callback.distributed.ipynb #563eddbf
+# %% ../../nbs/395_callback.distributed.ipynb #3b13adfd
 def synced_batch_norm(
     input: Tensor, # (B, C, …) this process's part of a batch
     running_mean: Tensor|None, # (C,) updated in place
@@ -178,7 +178,7 @@ class _Synced(TorchFunctionMode):
         b = inspect.signature(synced_batch_norm).bind(*args, **(kwargs or {}))
         return synced_batch_norm(*b.args, **b.kwargs)
 
-# %% ../../nbs/395_callback.distributed.ipynb #7d26657a
+# %% ../../nbs/395_callback.distributed.ipynb #324585dc
 class _Signals:
     "Notes a signal, to be answered when all processes do."
     def __init__(self): self.came, self.before, self.pid = 0, {}, os.getpid()
@@ -210,7 +210,7 @@ class _Signals:
         self.close()
         signal.raise_signal(s)
 
-# %% ../../nbs/395_callback.distributed.ipynb #dcee8328
+# %% ../../nbs/395_callback.distributed.ipynb #5f902894
 def _put_together(x: Tensor, sizes: list[int]) -> Tensor:
     "The parts of all processes, one after the other."
     own = x.detach().as_subclass(Tensor)
@@ -270,9 +270,9 @@ class Distributed(AttachedCallback):
     def before_fit(self):
         "Meet the others, and begin with the same weights and the same order of images."
         if self.n == 1: return
-        self.close()
         join_processes(next(self.model.parameters()).device)
         if not is_lasting_fit(self.learn): return
+        self.close() # what a fit that broke off has left
         if not hasattr(self.learn, 'recorder'): raise ValueError("Distributed needs the learner's Recorder, and this learner has none")
         as_first([*self.model.parameters(), *self.model.buffers()])
         for dl in self.dls.loaders:
@@ -339,7 +339,7 @@ class Distributed(AttachedCallback):
         "Let go of what belongs to this fit."
         self.close()
 
-# %% ../../nbs/395_callback.distributed.ipynb #2244a472
+# %% ../../nbs/395_callback.distributed.ipynb #2cb22764
 class _AfterOthers(Callback):
     "What `Distributed` does when other callbacks have done their part."
     order, run_valid, remove_on_fetch = Recorder.order+1, True, False
@@ -403,7 +403,7 @@ class _AfterOthers(Callback):
         if self._alone or not self.recorder.values: return
         self.recorder.values[-1] = L(from_first(list(self.recorder.values[-1])))
 
-# %% ../../nbs/395_callback.distributed.ipynb #5f39c74e
+# %% ../../nbs/395_callback.distributed.ipynb #941148de
 def start_processes(
     words: list[str], # of the command line: 'train', 'photos', …
     n: int, # processes on this machine

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.track.html.md"""
 # %% auto #0
 __all__ = ['trackers', 'TensorBoard', 'WandB', 'MLflow', 'Trackio', 'check_trackers', 'Track']
 
-# %% ../../nbs/396_callback.track.ipynb #80c8608c
+# %% ../../nbs/396_callback.track.ipynb #878b9938
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from .core import is_lasting_fit
 from .progress import RunHistory
 from ..core import choice, process_rank
 
-# %% ../../nbs/396_callback.track.ipynb #bd2b34b6
+# %% ../../nbs/396_callback.track.ipynb #6fd4fb48
 class TensorBoard:
     "Event files that `tensorboard --logdir` reads."
     def __init__(self,
@@ -103,7 +103,7 @@ class Trackio:
     def finish(self, files: Iterable[Path]): "It has no place for files of a run."
     def close(self): self.run.finish()
 
-# %% ../../nbs/396_callback.track.ipynb #95d982e0
+# %% ../../nbs/396_callback.track.ipynb #0c2dd8eb
 trackers: dict[str, Callable] = dict(tensorboard=TensorBoard, wandb=WandB, mlflow=MLflow, trackio=Trackio)
 
 def check_trackers(
@@ -115,7 +115,7 @@ def check_trackers(
             raise ImportError(f"{n} is not installed: pip install 'mstoolkit[{n}]' brings it, or leave track {n!r} out")
     return list(dict.fromkeys(names))
 
-# %% ../../nbs/396_callback.track.ipynb #5320a8f5
+# %% ../../nbs/396_callback.track.ipynb #0676fe0b
 class Track(Callback):
     "Send each epoch's row of `RunHistory` to tools that keep runs."
     order, run_valid, remove_on_fetch = RunHistory.order+5, False, True # once the row is there
