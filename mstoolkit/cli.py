@@ -51,6 +51,7 @@ _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
     head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'photo', 'strong', 'upright', 'shift'),
     device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
+    track=('tensorboard', 'wandb', 'mlflow', 'trackio'),
     on_bad=('error', 'skip'), tta=('none', 'flip', 'sizes', 'flip+sizes'), data=('navon', 'digits', 'fashion-mnist'))
 
 def _complete(names: tuple) -> Callable: # typer keeps those that begin as the word that was begun
@@ -168,6 +169,9 @@ def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, ou
         r = Recipe.from_dict(given, load_recipe(recipe)).check_effect(given)
         if out: _free(out, r)
     kw: dict = dict(given=given, weights_dir=weights_dir or '', spent=process_age())
+    if n_processes() > 1 and (source_fields.get('folds') and 'fold' not in source_fields or jobs > 1 or ray):
+        raise ValueError(f"{n_processes()} processes train one model together, and --folds, --jobs and --ray several: "
+                         "give --fold for one of them, or start one process")
     if source_fields.get('folds') and 'fold' not in source_fields:
         from mstoolkit.several.folds import train_folds
         train_folds(recipe, source, out, folds=source.folds, jobs=jobs, threads=threads, ray=ray, **kw)

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.distributed.html.md"""
 # %% auto #0
 __all__ = ['join_processes', 'together', 'part_sizes', 'own_part', 'Share', 'synced_batch_norm', 'Distributed', 'start_processes']
 
-# %% ../../nbs/395_callback.distributed.ipynb #186918de
+# %% ../../nbs/395_callback.distributed.ipynb #5f50c192
 import inspect
 import logging
 import os
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/395_callback.distributed.ipynb #25ae8fe0
+# %% ../../nbs/395_callback.distributed.ipynb #1ad8594c
 _launcher = 'MSTOOLKIT_LAUNCHER' # environment variable: the process that has started this one, to end with it
 
 def join_processes(
@@ -70,7 +70,7 @@ def together(
     with open(os.devnull, 'w') as null, redirect_stdout(null if process_rank() else sys.stdout): yield n
     if not met: torch.distributed.destroy_process_group() # not after a failure: it could wait for those that are gone
 
-# %% ../../nbs/395_callback.distributed.ipynb #92328576
+# %% ../../nbs/395_callback.distributed.ipynb #c3129244
 def part_sizes(
     n: int, # images of a batch
     processes: int # to share them
@@ -96,7 +96,7 @@ def own_part(
         mine += batch[first:first+sizes[rank]] or batch[:1]
     return mine
 
-# %% ../../nbs/395_callback.distributed.ipynb #0f680122
+# %% ../../nbs/395_callback.distributed.ipynb #2d4c3a38
 class Share(GetAttr):
     "This process's part of each batch of a fastai loader; anything else asked of it, the loader answers."
     _default = 'dl'
@@ -143,7 +143,7 @@ class Share(GetAttr):
             del dl.get_idxs
             dl.__dict__.update(before)
 
-# %% ../../nbs/395_callback.distributed.ipynb #3b13adfd
+# %% ../../nbs/395_callback.distributed.ipynb #4c91e14f
 def synced_batch_norm(
     input: Tensor, # (B, C, …) this process's part of a batch
     running_mean: Tensor|None, # (C,) updated in place
@@ -178,7 +178,7 @@ class _Synced(TorchFunctionMode):
         b = inspect.signature(synced_batch_norm).bind(*args, **(kwargs or {}))
         return synced_batch_norm(*b.args, **b.kwargs)
 
-# %% ../../nbs/395_callback.distributed.ipynb #324585dc
+# %% ../../nbs/395_callback.distributed.ipynb #9a48d981
 class _Signals:
     "Notes a signal, to be answered when all processes do."
     def __init__(self): self.came, self.before, self.pid = 0, {}, os.getpid()
@@ -210,7 +210,7 @@ class _Signals:
         self.close()
         signal.raise_signal(s)
 
-# %% ../../nbs/395_callback.distributed.ipynb #5f902894
+# %% ../../nbs/395_callback.distributed.ipynb #2dd5030d
 def _put_together(x: Tensor, sizes: list[int]) -> Tensor:
     "The parts of all processes, one after the other."
     own = x.detach().as_subclass(Tensor)
@@ -339,7 +339,7 @@ class Distributed(AttachedCallback):
         "Let go of what belongs to this fit."
         self.close()
 
-# %% ../../nbs/395_callback.distributed.ipynb #2cb22764
+# %% ../../nbs/395_callback.distributed.ipynb #8e9baa5b
 class _AfterOthers(Callback):
     "What `Distributed` does when other callbacks have done their part."
     order, run_valid, remove_on_fetch = Recorder.order+1, True, False
@@ -403,7 +403,7 @@ class _AfterOthers(Callback):
         if self._alone or not self.recorder.values: return
         self.recorder.values[-1] = L(from_first(list(self.recorder.values[-1])))
 
-# %% ../../nbs/395_callback.distributed.ipynb #941148de
+# %% ../../nbs/395_callback.distributed.ipynb #22ce17fa
 def start_processes(
     words: list[str], # of the command line: 'train', 'photos', …
     n: int, # processes on this machine

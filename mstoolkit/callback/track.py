@@ -7,19 +7,20 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.track.html.md"""
 # %% auto #0
 __all__ = ['trackers', 'TensorBoard', 'WandB', 'MLflow', 'Trackio', 'check_trackers', 'Track']
 
-# %% ../../nbs/396_callback.track.ipynb #878b9938
+# %% ../../nbs/396_callback.track.ipynb #4cf4dd4e
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from fastai.callback.core import Callback
 from .core import is_lasting_fit
 from .progress import RunHistory
 from ..core import choice, process_rank
 
-# %% ../../nbs/396_callback.track.ipynb #6fd4fb48
+# %% ../../nbs/396_callback.track.ipynb #d038778d
 class TensorBoard:
     "Event files that `tensorboard --logdir` reads."
     def __init__(self,
@@ -55,7 +56,7 @@ class WandB:
     "A run of Weights & Biases; offline where there is no key."
     def __init__(self, folder: Path, name: str, params: dict, last: str):
         import wandb
-        mode = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
+        mode: Any = os.environ.get('WANDB_MODE') or ('online' if os.environ.get('WANDB_API_KEY') else 'offline')
         settings = wandb.Settings(silent=True, console='off', disable_git=True, save_code=False)
         self.run = wandb.init(dir=str(folder), project=os.environ.get('WANDB_PROJECT') or 'mstoolkit', name=name, config=params,
                               mode=mode, id=last or None, resume='allow' if last else None, reinit='create_new', settings=settings)
@@ -103,7 +104,7 @@ class Trackio:
     def finish(self, files: Iterable[Path]): "It has no place for files of a run."
     def close(self): self.run.finish()
 
-# %% ../../nbs/396_callback.track.ipynb #0c2dd8eb
+# %% ../../nbs/396_callback.track.ipynb #7cbe7ad9
 trackers: dict[str, Callable] = dict(tensorboard=TensorBoard, wandb=WandB, mlflow=MLflow, trackio=Trackio)
 
 def check_trackers(
@@ -115,7 +116,7 @@ def check_trackers(
             raise ImportError(f"{n} is not installed: pip install 'mstoolkit[{n}]' brings it, or leave track {n!r} out")
     return list(dict.fromkeys(names))
 
-# %% ../../nbs/396_callback.track.ipynb #0676fe0b
+# %% ../../nbs/396_callback.track.ipynb #0d241c13
 class Track(Callback):
     "Send each epoch's row of `RunHistory` to tools that keep runs."
     order, run_valid, remove_on_fetch = RunHistory.order+5, False, True # once the row is there
