@@ -352,7 +352,7 @@ def process_age() -> float: # seconds
 
 _imported = time.perf_counter()
 
-# %% ../nbs/010_core.ipynb #7bb17b05
+# %% ../nbs/010_core.ipynb #833c9a56
 def n_processes() -> int: # 1 where nobody has started several
     "How many processes train together, as `torchrun` says it."
     return int(os.environ.get('WORLD_SIZE') or 1)
@@ -371,7 +371,7 @@ def joined() -> Any: # the module `torch.distributed`; `None` for a process on i
     import torch.distributed as dist
     return dist if dist.is_available() and dist.is_initialized() else None
 
-# %% ../nbs/010_core.ipynb #f3817792
+# %% ../nbs/010_core.ipynb #920ce85b
 def from_first(
     value: Any # anything that can be pickled
 ) -> Any: # the first process's value, in all of them
@@ -405,7 +405,7 @@ def by_first(
     if error is not None: raise error
     return got
 
-# %% ../nbs/010_core.ipynb #fcd647c2
+# %% ../nbs/010_core.ipynb #5a79d88e
 def sum_of_all(
     x: Any # a tensor of numbers; changed in place
 ) -> Any: # `x`
@@ -434,7 +434,7 @@ def draw_from(
     np.random.seed(own)
     torch.manual_seed(own)
 
-# %% ../nbs/010_core.ipynb #b504273c
+# %% ../nbs/010_core.ipynb #3e81cd89
 _failed = 'mstoolkit/failed' # key in the store of a group of processes
 
 def first_to_fail() -> bool: # always, for a process on its own

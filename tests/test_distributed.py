@@ -40,7 +40,8 @@ from tiny import Items, quiet, tiny_dls, two_groups
 out, rank = Path(sys.argv[1]), process_rank()
 
 def keep(name, **what):
-    if rank == 0: torch.save(what, out/f'{name}-{n_processes()}.pt')
+    plain = {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in what.items()} # not fastai's types
+    if rank == 0: torch.save(plain, out/f'{name}-{n_processes()}.pt')
 
 def data(n, bs, *, drop_last=True, n_valid=None):
     g = torch.Generator().manual_seed(3)
@@ -100,7 +101,7 @@ learn = learner(data(46, 9, drop_last=False), metrics=[accuracy, F1Score(average
 with quiet(learn): learn.fit(3, 1e-2)
 keep('uneven', w=weights(learn), loss=list(learn.recorder.values[-1]))
 probs, y = learn.get_preds()
-keep('preds', p=probs.as_subclass(torch.Tensor), y=y.as_subclass(torch.Tensor))
+keep('preds', p=probs, y=y)
 
 # accumulation
 learn = learner(data(48, 8))

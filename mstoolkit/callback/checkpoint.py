@@ -125,7 +125,7 @@ def load_training_state(
         if rng and s: rng.setstate(s)
     set_rng_state(state['rng'])  # last: nothing above may draw from what follows
 
-# %% ../../nbs/360_callback.checkpoint.ipynb #48c4eb72
+# %% ../../nbs/360_callback.checkpoint.ipynb #1dd488ce
 def _drawing(learn: Learner) -> dict: # name → callback
     return {k: cb for k, cb in _named(learn).items() if getattr(type(cb), 'per_process', False)}
 

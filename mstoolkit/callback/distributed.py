@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.distributed.html.md"""
 # %% auto #0
 __all__ = ['join_processes', 'together', 'part_sizes', 'own_part', 'Share', 'synced_batch_norm', 'Distributed', 'start_processes']
 
-# %% ../../nbs/395_callback.distributed.ipynb #5f50c192
+# %% ../../nbs/395_callback.distributed.ipynb #c999744d
 import inspect
 import logging
 import os
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-# %% ../../nbs/395_callback.distributed.ipynb #1ad8594c
+# %% ../../nbs/395_callback.distributed.ipynb #4d3d9793
 _launcher = 'MSTOOLKIT_LAUNCHER' # environment variable: the process that has started this one, to end with it
 
 def join_processes(
@@ -70,7 +70,7 @@ def together(
     with open(os.devnull, 'w') as null, redirect_stdout(null if process_rank() else sys.stdout): yield n
     if not met: torch.distributed.destroy_process_group() # not after a failure: it could wait for those that are gone
 
-# %% ../../nbs/395_callback.distributed.ipynb #c3129244
+# %% ../../nbs/395_callback.distributed.ipynb #b4130367
 def part_sizes(
     n: int, # images of a batch
     processes: int # to share them
@@ -96,7 +96,7 @@ def own_part(
         mine += batch[first:first+sizes[rank]] or batch[:1]
     return mine
 
-# %% ../../nbs/395_callback.distributed.ipynb #2d4c3a38
+# %% ../../nbs/395_callback.distributed.ipynb #e5c71457
 class Share(GetAttr):
     "This process's part of each batch of a fastai loader; anything else asked of it, the loader answers."
     _default = 'dl'
@@ -143,7 +143,7 @@ class Share(GetAttr):
             del dl.get_idxs
             dl.__dict__.update(before)
 
-# %% ../../nbs/395_callback.distributed.ipynb #4c91e14f
+# %% ../../nbs/395_callback.distributed.ipynb #8d2a3998
 def synced_batch_norm(
     input: Tensor, # (B, C, …) this process's part of a batch
     running_mean: Tensor|None, # (C,) updated in place
@@ -178,7 +178,7 @@ class _Synced(TorchFunctionMode):
         b = inspect.signature(synced_batch_norm).bind(*args, **(kwargs or {}))
         return synced_batch_norm(*b.args, **b.kwargs)
 
-# %% ../../nbs/395_callback.distributed.ipynb #9a48d981
+# %% ../../nbs/395_callback.distributed.ipynb #ed3e8e6c
 class _Signals:
     "Notes a signal, to be answered when all processes do."
     def __init__(self): self.came, self.before, self.pid = 0, {}, os.getpid()
@@ -210,7 +210,7 @@ class _Signals:
         self.close()
         signal.raise_signal(s)
 
-# %% ../../nbs/395_callback.distributed.ipynb #2dd5030d
+# %% ../../nbs/395_callback.distributed.ipynb #6dbca486
 def _put_together(x: Tensor, sizes: list[int]) -> Tensor:
     "The parts of all processes, one after the other."
     own = x.detach().as_subclass(Tensor)
@@ -339,7 +339,7 @@ class Distributed(AttachedCallback):
         "Let go of what belongs to this fit."
         self.close()
 
-# %% ../../nbs/395_callback.distributed.ipynb #8e9baa5b
+# %% ../../nbs/395_callback.distributed.ipynb #2499bd39
 class _AfterOthers(Callback):
     "What `Distributed` does when other callbacks have done their part."
     order, run_valid, remove_on_fetch = Recorder.order+1, True, False
@@ -368,11 +368,12 @@ class _AfterOthers(Callback):
     def _wrapped(self) -> DistributedDataParallel:
         "torch's wrapping, which has to know beforehand whether some parameters never get a gradient."
         self.learns = [p.requires_grad for p in self.model.parameters()]
-        with untouched(self.model), torch.enable_grad():
+        device = next(self.model.parameters()).device
+        # without autocast, which would keep its copies of the weights for the pass that follows
+        with untouched(self.model), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             few = lambda xs: tuple(x[:2] for x in xs)
             self.learn.loss_func(self.model(*few(self.xb)), *few(self.yb)).mean().backward()
             unused = any(p.requires_grad and p.grad is None for p in self.model.parameters())
-        device = next(self.model.parameters()).device
         # buffers are averaged once an epoch; before torch 2.15 the option had another name
         options = inspect.signature(DistributedDataParallel.__init__).parameters
         no_sync = {'forward_sync_buffers' if 'forward_sync_buffers' in options else 'broadcast_buffers': False}
@@ -403,7 +404,7 @@ class _AfterOthers(Callback):
         if self._alone or not self.recorder.values: return
         self.recorder.values[-1] = L(from_first(list(self.recorder.values[-1])))
 
-# %% ../../nbs/395_callback.distributed.ipynb #22ce17fa
+# %% ../../nbs/395_callback.distributed.ipynb #5a5854b3
 def start_processes(
     words: list[str], # of the command line: 'train', 'photos', …
     n: int, # processes on this machine

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.track.html.md"""
 # %% auto #0
 __all__ = ['trackers', 'TensorBoard', 'WandB', 'MLflow', 'Trackio', 'check_trackers', 'Track']
 
-# %% ../../nbs/396_callback.track.ipynb #4cf4dd4e
+# %% ../../nbs/396_callback.track.ipynb #cabf277f
 import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from .core import is_lasting_fit
 from .progress import RunHistory
 from ..core import choice, process_rank
 
-# %% ../../nbs/396_callback.track.ipynb #d038778d
+# %% ../../nbs/396_callback.track.ipynb #249d0709
 class TensorBoard:
     "Event files that `tensorboard --logdir` reads."
     def __init__(self,
@@ -104,7 +104,7 @@ class Trackio:
     def finish(self, files: Iterable[Path]): "It has no place for files of a run."
     def close(self): self.run.finish()
 
-# %% ../../nbs/396_callback.track.ipynb #7cbe7ad9
+# %% ../../nbs/396_callback.track.ipynb #d4db6849
 trackers: dict[str, Callable] = dict(tensorboard=TensorBoard, wandb=WandB, mlflow=MLflow, trackio=Trackio)
 
 def check_trackers(
@@ -116,7 +116,7 @@ def check_trackers(
             raise ImportError(f"{n} is not installed: pip install 'mstoolkit[{n}]' brings it, or leave track {n!r} out")
     return list(dict.fromkeys(names))
 
-# %% ../../nbs/396_callback.track.ipynb #0d241c13
+# %% ../../nbs/396_callback.track.ipynb #d32c9bb8
 class Track(Callback):
     "Send each epoch's row of `RunHistory` to tools that keep runs."
     order, run_valid, remove_on_fetch = RunHistory.order+5, False, True # once the row is there
