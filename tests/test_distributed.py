@@ -230,7 +230,7 @@ def test_one_process_is_left_alone():
 
 
 RUN = ['--recipe', 'gate', '--backbone', 'test_resnet', '--size', 32, '--bs', 8, '--num-workers', 0, '--device', 'cpu',
-       '--precision', 'fp32', '--lr', 1e-3]
+       '--precision', 'fp32', '--memory-format', 'contiguous', '--lr', 1e-3]
 
 
 def command(*words, **kw):
