@@ -319,14 +319,8 @@ def test_one_line_for_all_processes(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_and_accelerate_start_it_too(image_folder, tmp_path):
+def test_torchrun_starts_it_too(image_folder, tmp_path):
     words = ['train', image_folder, *RUN, '--no-pretrained', '--epochs', 1]
     r = torchrun(2, '-m', 'mstoolkit', *words, '--out', tmp_path/'torchrun')
     assert r.returncode == 0 and r.stdout.count('best accuracy') == 1, r.stderr
-    pytest.importorskip('accelerate')
-    start = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1',
-             '--mixed_precision', 'no', '--dynamo_backend', 'no', '-m', 'mstoolkit']
-    r = subprocess.run([*start, *map(str, words), '--out', str(tmp_path/'accelerate')], env=environment(), capture_output=True, text=True)
-    assert r.returncode == 0 and r.stdout.count('best accuracy') == 1, r.stderr
-    a, b = (load_file(run_file(tmp_path/o, 'model')) for o in ('torchrun', 'accelerate'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert read_env(tmp_path/'torchrun')['processes'] == 2
