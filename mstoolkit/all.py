@@ -31,12 +31,14 @@ from .callback.balance import *
 from .callback.budget import Budget
 from .callback.checkpoint import *
 from .callback.core import *
+from .callback.distributed import *
 from .callback.mix import *
 from .callback.progress import *
 from .callback.schedule import *
 from .callback.smoothing import *
 from .callback.probe import *
 from .callback.speed import *
+from .callback.track import Track
 from .callback.tracker import *
 from .runs import *
 from .evaluate.attribution import *

@@ -25,8 +25,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from . import __version__
-from .core import (RunError, check_new, choice, counted, import_plugins, others_at_work, out_of_memory, pick_device,
-                            process_age, share_processors, write_text)
+from .core import (RunError, check_new, choice, counted, first_to_fail, import_plugins, n_processes, others_at_work,
+                            out_of_memory, pick_device, process_age, share_processors, write_text)
 from .data.sources import DataSource, data_source
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
@@ -51,6 +51,7 @@ _names = dict(
     recipe=tuple(recipes), study=('loss-mix', 'fusion', 'mix-prob', 'backbones'),
     head=('plain', 'mlp', 'pyramid', 'gated'), augment=('none', 'light', 'affine', 'photo', 'strong', 'upright', 'shift'),
     device=('auto', 'cpu', 'cuda', 'mps'), precision=('fp32', 'exact', 'auto', 'bf16', 'fp16'),
+    track=('tensorboard', 'wandb', 'mlflow', 'trackio'),
     on_bad=('error', 'skip'), tta=('none', 'flip', 'sizes', 'flip+sizes'), format=('onnx', 'openvino', 'torch-export', 'web'),
     data=('navon', 'digits', 'fashion-mnist'))
 
@@ -135,7 +136,7 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     "Go on with a stopped run, which knows its options; DATA only says where its images are now."
     from mstoolkit.runs import n_folds
     folds = n_folds(run) if run.is_dir() else 0
-    own = 'data', 'resume', 'threads', 'minutes', *(('jobs', 'ray') if folds else ())
+    own = 'data', 'resume', 'threads', 'processes', 'minutes', *(('jobs', 'ray') if folds else ())
     given = [k for k in ctx.params if k not in own and ctx.get_parameter_source(k).name == 'COMMANDLINE']
     if given:
         flag = given[0].replace('_', '-')
@@ -169,6 +170,9 @@ def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, ou
         r = Recipe.from_dict(given, load_recipe(recipe)).check_effect(given)
         if out: _free(out, r)
     kw: dict = dict(given=given, weights_dir=weights_dir or '', spent=process_age())
+    if n_processes() > 1 and (source_fields.get('folds') and 'fold' not in source_fields or jobs > 1 or ray):
+        raise ValueError(f"{n_processes()} processes train one model together, and --folds, --jobs and --ray several: "
+                         "give --fold for one of them, or start one process")
     if source_fields.get('folds') and 'fold' not in source_fields:
         from mstoolkit.several.folds import train_folds
         train_folds(recipe, source, out, folds=source.folds, jobs=jobs, threads=threads, ray=ray, **kw)
@@ -176,6 +180,19 @@ def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, ou
     if jobs > 1 or ray: raise ValueError("--jobs and --ray train folds side by side: give --folds, and no --fold")
     from mstoolkit.train import train as run
     run(recipe, source, out, **kw)
+
+def _in_processes(n: int, ctx: typer.Context, threads: int|None) -> int: # exit code
+    "Start the same command in several processes, when what can be checked without work is."
+    given = lambda k: ctx.get_parameter_source(k).name == 'COMMANDLINE'
+    if given('jobs') or given('ray') or given('folds') and not given('fold'):
+        raise ValueError("--processes trains one model in several processes, and --folds, --jobs and --ray several models: "
+                         "give --fold for one of them, or leave --processes out")
+    if (data := ctx.params['data'] or ctx.params['resume']) and not data.exists(): _folder(data)
+    from mstoolkit.callback.distributed import start_processes
+    words = list(ctx.obj)
+    for i, word in reversed(list(enumerate(words))): # but the option itself
+        if word == '--processes' or word.startswith('--processes='): del words[i:i + (1 if '=' in word else 2)]
+    return start_processes(words, n, threads=threads)
 
 @app.command('train')
 @plain_options(recipe_fields=Recipe, source_fields=DataSource)
@@ -194,6 +211,8 @@ def train_command(
         help="run folder of a training that was stopped, or folder of folds: go on with its own options")] = None,
     threads: Annotated[Optional[int], typer.Option(min=1,
         help="CPU threads of the network; the machine's, where nothing is said")] = None,
+    processes: Annotated[int, typer.Option(min=1,
+        help="processes of this machine that train together: as many as it has GPUs; torchrun starts them on several machines")] = 1,
     jobs: Annotated[int, typer.Option(min=1,
         help="with --folds, and no --fold: folds trained side by side on this machine")] = 1,
     ray: Annotated[bool, typer.Option('--ray',
@@ -201,6 +220,7 @@ def train_command(
     plugin: Plugin = None,
 ):
     "Train a model on a folder of images; with --folds and no --fold, one for each fold, and their average."
+    if processes > 1 and n_processes() == 1: raise typer.Exit(_in_processes(processes, ctx, threads))
     if threads: _set_threads(threads)
     if resume: return _resume(resume, data, ctx)
     if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
@@ -612,7 +632,11 @@ def _bad_value(text: str, args: list[str]|None) -> str: # the same with the valu
     return text.replace(m[0], f"{m[0]}, {words[words.index(m[1])+1]!r}")
 
 def _answer(e: Exception, args: list[str]|None) -> int: # exit code
-    "Say what went wrong, and whose mistake it was."
+    "Say what went wrong, and whose mistake it was; of several processes the first that fails."
+    if not first_to_fail(): return 2
+    if n_processes() > 1 and re.search(r'gloo|NCCL|[Cc]onnection (was )?(closed|reset)', str(e)) and isinstance(e, RuntimeError):
+        print(f'mstoolkit: another of the {n_processes()} processes has ended, and none can go on without it', file=sys.stderr)
+        return 2
     if hasattr(e, 'format_message'): # typer's own: an unknown option, a word too many
         if not e.format_message().strip() or type(e).__name__ == 'NoArgsIsHelpError': e.show()
         else:
@@ -649,16 +673,17 @@ class _Stream:
 def _lasting(stream): # standard output or error; `None`: it was closed before we came
     return open(os.devnull, 'w', encoding='utf-8') if stream is None else _Stream(stream)
 
+_stopped = {130: 'interrupted', 143: 'stopped by a signal'}
+
 def _run(args) -> int: # exit code
-    try: code = app(args, prog_name='mstoolkit', standalone_mode=False)
-    except SystemExit as e:
-        if e.code == 143: print('mstoolkit: stopped by a signal', file=sys.stderr)
-        return int(e.code or 0)
+    try: code = app(args, prog_name='mstoolkit', standalone_mode=False, obj=sys.argv[1:] if args is None else args)
+    except SystemExit as e: code = int(e.code or 0)
     except KeyboardInterrupt: code = 130 # before there was a command
     except Exception as e:
         if os.environ.get('MSTOOLKIT_TRACEBACK'): raise
         return _answer(e, args)
-    if code == 130: print('mstoolkit: interrupted', file=sys.stderr)
+    # of several processes, whoever has started them tells
+    if code in _stopped and n_processes() == 1: print(f'mstoolkit: {_stopped[code]}', file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 def main(

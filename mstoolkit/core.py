@@ -8,7 +8,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
            'file_digest', 'write_text', 'signals_wait', 'check_new', 'new_folder', 'atomic_folder', 'track',
            'pick_device', 'end_with_parent', 'keep_freed_memory', 'out_of_memory', 'free_memory', 'cpu_quota',
-           'share_processors', 'others_at_work', 'process_age']
+           'share_processors', 'others_at_work', 'process_age', 'n_processes', 'process_rank', 'local_processes',
+           'joined', 'from_first', 'from_all', 'by_first', 'sum_of_all', 'as_first', 'draw_from', 'first_to_fail']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -26,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, MutableMapping, Sized
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sized
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -244,6 +245,9 @@ def track(
     "Go through `items` with a bar in a terminal or notebook, and with a line every tenth of the way elsewhere."
     file = file or sys.stderr
     if total is None and isinstance(items, Sized): total = len(items)
+    if process_rank(): # the first process tells for all
+        yield from items
+        return
     if _in_notebook(): # rich would ask for ipywidgets there, and show nothing
         from fastprogress.fastprogress import NBProgressBar
         yield from NBProgressBar(items, total='noinfer' if total is None else total, leave=False, comment=text)
@@ -260,6 +264,13 @@ def track(
         if due and time.monotonic()-start >= quiet: print(f'{text}: {i}/{total}', file=file, flush=True)
 
 # %% ../nbs/010_core.ipynb #0ccb02d2
+def _own_gpu(there: int) -> int:
+    "The GPU of this process, of those its machine has."
+    if there < local_processes():
+        raise ValueError(f"{local_processes()} processes on a machine with {counted(there, 'GPU')}: start as many as there are GPUs, "
+                         "or train on the CPU (--device cpu)")
+    return int(os.environ.get('LOCAL_RANK') or 0)
+
 def pick_device(
     name: str = 'auto' # auto (the first GPU there is, else the CPU), cpu, cuda, cuda:N or mps
 ) -> Any: # a `torch.device`; named in words, as torch is imported only when needed
@@ -269,6 +280,7 @@ def pick_device(
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: dev = torch.device(name)
     except RuntimeError: dev = None
+    if name == 'cuda' and n_processes() > 1: dev = torch.device('cuda', _own_gpu(torch.cuda.device_count()))
     if dev is None or dev.type not in ('cpu', 'cuda', 'mps'):
         raise ValueError(f"unknown device {name!r}. Known: auto, cpu, cuda, cuda:N, mps")
     here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}[dev.type]
@@ -368,3 +380,95 @@ def process_age() -> float: # seconds
     except (OSError, ValueError, AttributeError): return time.perf_counter() - _imported
 
 _imported = time.perf_counter()
+
+# %% ../nbs/010_core.ipynb #82db47a6
+def n_processes() -> int: # 1 where nobody has started several
+    "How many processes train together, as `torchrun` says it."
+    return int(os.environ.get('WORLD_SIZE') or 1)
+
+def process_rank() -> int: # from 0; the first one writes, prints and decides
+    "The number of this process among them."
+    return int(os.environ.get('RANK') or 0) if n_processes() > 1 else 0
+
+def local_processes() -> int: # of `n_processes`
+    "How many of them share this machine."
+    return min(n_processes(), int(os.environ.get('LOCAL_WORLD_SIZE') or n_processes()))
+
+def joined() -> Any: # the module `torch.distributed`; `None` for a process on its own
+    "What the processes speak through, once they have met."
+    if n_processes() == 1: return None
+    import torch.distributed as dist
+    return dist if dist.is_available() and dist.is_initialized() else None
+
+# %% ../nbs/010_core.ipynb #945db4da
+def from_first(
+    value: Any # anything that can be pickled
+) -> Any: # the first process's value, in all of them
+    "What the first process has; every process has to ask."
+    if (dist := joined()) is None: return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+def from_all(
+    value: Any # anything that can be pickled
+) -> list: # the values of all processes, by their number
+    "What each process has; every process has to ask."
+    if (dist := joined()) is None: return [value]
+    each: list = [None]*dist.get_world_size()
+    dist.all_gather_object(each, value)
+    return each
+
+def by_first(
+    f: Callable, # done by the first process alone
+    *args: Any,
+    **kw: Any
+) -> Any: # what it returns, in all processes
+    "Have the first process do something for all; what it raises, all raise."
+    if joined() is None: return f(*args, **kw)
+    got = error = None
+    if not process_rank():
+        try: got = f(*args, **kw)
+        except Exception as e: error = e
+    got, error = from_first((got, error))
+    if error is not None: raise error
+    return got
+
+# %% ../nbs/010_core.ipynb #4dd9b306
+def sum_of_all(
+    x: Any # a tensor of numbers; changed in place
+) -> Any: # `x`
+    "Add up a tensor over all processes."
+    if (dist := joined()) is not None: dist.all_reduce(x)
+    return x
+
+def as_first(
+    tensors: Iterable # of the same shapes in all processes; changed in place
+):
+    "Give every process the first one's tensors."
+    if (dist := joined()) is None: return
+    for t in tensors:
+        whole = t.detach().contiguous() # as the library wants it; the layout stays that of `t`
+        dist.broadcast(whole, 0)
+        t.detach().copy_(whole)
+
+def draw_from(
+    seed: int, # the same in all processes
+    rank: int # this process
+):
+    "Draw from streams of NumPy's and torch's that no other process draws from."
+    import numpy as np
+    import torch
+    own = int(np.random.SeedSequence([seed % 2**63, rank]).generate_state(1)[0])
+    np.random.seed(own)
+    torch.manual_seed(own)
+
+# %% ../nbs/010_core.ipynb #0df372eb
+_failed = 'mstoolkit/failed' # key in the store of a group of processes
+
+def first_to_fail() -> bool: # always, for a process on its own
+    "Whether this process is the first of its group to say that it failed; to be asked once."
+    if n_processes() == 1: return True
+    if (dist := joined()) is None: return not process_rank() # the same mistake in all: they have not met yet
+    try: return dist.distributed_c10d._get_default_store().add(_failed, 1) == 1
+    except Exception: return True # the store has gone with the process that kept it

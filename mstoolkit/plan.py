@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .core import counted, pick_device
+from .core import counted, n_processes, pick_device
 from .data.core import settled_samples
 from .data.image import ImageError, read_image
 from .data.sources import DataSource, Sample, data_source
@@ -180,7 +180,9 @@ def auto_recipe(
     if given.get('teacher'): fields['balance'] = 'none' # a teacher's answers know no classes that are too rare
     all_of = fields | given
     needs_images = any(all_of.get(o) for o in ('cutmix', 'mixup', 'start_size', 'teacher', 'recompute', 'epochs'))
-    if model and fields.get('keep_maps') and (needs_images or not can_enter(model, all_of['frozen_stages'])): fields['keep_maps'] = 0
+    alone = n_processes() == 1
+    if model and fields.get('keep_maps') and (needs_images or not alone or not can_enter(model, all_of['frozen_stages'])):
+        fields['keep_maps'] = 0
     r = Recipe.from_dict(fields | {k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
     first = 'head first, on features computed once, ' if r.probe else ''
     grey = ', grey' if facts.grey else ''

@@ -231,6 +231,7 @@ class Recipe(PlainData):
     recompute:bool = option(False, bool, 'Machine',
                             "compute activations again in the backward pass instead of keeping them: less memory, "
                             "about a third slower")
+    sync_bn:bool = option(False, bool, 'Machine', "of several processes: batch norms use the statistics of the whole batch")
     compile:str = option('auto', str, 'Machine',
                          "torch.compile: auto tries it in a run of hours with precision auto, keeps it if faster",
                          choices=('auto', 'on', 'off'))
@@ -238,6 +239,7 @@ class Recipe(PlainData):
                            "numbers computed in: auto times fp32 and the device's 16-bit format, keeps the faster",
                            choices=('auto', 'fp32', 'bf16', 'fp16'))
     seed:int = option(42, int, 'Run', "seed of every random draw", lo=0, hi=2**32-1)
+    track:list = option((), list, 'Run', "send each epoch's numbers to tensorboard, wandb, mlflow or trackio; may be given again")
 
     def __post_init__(self):
         if isinstance(self.compile, bool): # as it was written once
@@ -252,6 +254,8 @@ class Recipe(PlainData):
             v = getattr(self, n)
             if isinstance(v, tuple) and v[0] > v[1]:
                 raise ValueError(f"recipe field {n!r} is {v!r}: give the lower end of the range first")
+        if isinstance(self.track, str): object.__setattr__(self, 'track', tuple(o for o in self.track.split(',') if o))
+        for o in self.track: choice(o, ('tensorboard', 'wandb', 'mlflow', 'trackio'), "value of recipe field 'track':")
         if isinstance(self.timm, str): object.__setattr__(self, 'timm', tuple(o for o in self.timm.split(',') if o))
         if odd := [o for o in self.timm if not re.fullmatch(r'\w+=[^=]+', o)]:
             raise ValueError(f"recipe field 'timm' has {odd[0]!r}: give NAME=VALUE, such as drop_path_rate=0.1")

@@ -393,7 +393,7 @@ def read_failures(
 
 # %% ../nbs/420_runs.ipynb #57d657be
 # fields that do not make another method
-_not_method = 'seed', 'name', 'device', 'num_workers', 'memory_format', 'compile', 'colour_on'
+_not_method = 'seed', 'name', 'device', 'num_workers', 'memory_format', 'compile', 'colour_on', 'track'
 # where things lie does not make other data
 _not_data = 'path', 'csv', 'cache', 'cache_in', 'classes'
 

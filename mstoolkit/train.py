@@ -16,7 +16,8 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -38,16 +39,18 @@ from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.budget import Budget
 from .callback.checkpoint import Checkpoint
 from .callback.distill import Distill
+from .callback.distributed import Distributed, part_sizes, together
 from .callback.mix import BatchMix
 from .callback.probe import FreezeNorms, FreezeStages, KeepMaps, ProbeHead
 from .callback.progress import TrainProgress
 from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
 from .callback.speed import Arithmetic
+from .callback.track import Track, check_trackers
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .callback.keep import KeepModel
 from .classifier import Classifier, change_header, model_digest, read_header
-from .core import (RunError, atomic_path, check_new, keep_freed_memory, new_folder, out_of_memory, pick_device,
-                            seed_everything, signals_wait, write_text)
+from .core import (RunError, atomic_path, by_first, check_new, from_first, keep_freed_memory, n_processes, new_folder,
+                            out_of_memory, pick_device, process_rank, seed_everything, signals_wait, write_text)
 from .data.check import check_samples
 from .data.core import image_dls, set_size
 from .data.sources import DataSource, class_roots, data_source, left_aside
@@ -108,7 +111,7 @@ def recipe_learner(
     if r.schedule == 'fine-tune' and not (r.pretrained or r.weights_file):
         raise ValueError("schedule 'fine-tune' first trains the head on a frozen backbone, and this recipe's backbone "
                          "is not pretrained: choose another schedule, or pretrained weights")
-    cbs = []
+    cbs: list = [Distributed(sync_bn=r.sync_bn)] if n_processes() > 1 else []
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
@@ -177,6 +180,7 @@ def _pick_test_size(learn: Learner, r: Recipe, model: Path) -> tuple: # logits t
     each = ', '.join(f'{s} px {loss:.4f} ({acc:.4f})' for s, (loss, acc) in tried.items())
     print(f'size to predict at: {best} px; validation loss (accuracy) at {each}', flush=True)
     set_size(learn.dls.valid, best)
+    if process_rank(): return found
     metrics = read_header(model).metrics | {'valid_loss': tried[best][0], 'accuracy': tried[best][1]}
     Classifier.from_learner(learn, metrics).save(model)
     return found
@@ -194,7 +198,8 @@ def _surroundings(dls: DataLoaders) -> dict:
     dev = dls.device
     data = dict(classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds), digest=_digest(dls), contents=dls.contents,
                 train_per_class=class_counts(dls).int().tolist(), warnings=getattr(dls, 'warned', []))
-    return environment(processors=torch.get_num_threads(), device=str(dev),
+    several = {'processes': n_processes()} if n_processes() > 1 else {}
+    return environment(processors=torch.get_num_threads(), device=str(dev), **several,
                        gpu=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else None, data=data)
 
 # %% ../nbs/710_train.ipynb #a4d2c9d3
@@ -234,7 +239,7 @@ def _what_fits(r: Recipe, learn: Learner) -> str:
 # %% ../nbs/710_train.ipynb #1ab04693
 def _draw(learn: Learner, run: Path, monitor: str):
     "Draw the curves of the epochs that have ended."
-    if not learn.run_history.rows: return
+    if not learn.run_history.rows or process_rank(): return
     with atomic_path(run_file(run, 'curves')) as tmp:
         plot_curves(learn, monitor=monitor).savefig(tmp, format='png', dpi=110)
 
@@ -248,9 +253,14 @@ def _budget(r: Recipe, learn: Learner, clock: float) -> list:
     return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
                    passes_after=after/(2 if r.ema else 1), seconds_after=3 + written)]
 
+def _params(learn: Learner, r: Recipe) -> dict: # name → plain value
+    "What tools show beside the numbers of a run."
+    data = dict(path=str(learn.dls.path), classes=len(learn.dls.vocab), train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds))
+    return _told(r) | {f'data_{k}': v for k, v in data.items()} | dict(processes=n_processes())
+
 def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool, clock: float) -> dict:
     "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
-    learn.run_history.csv = run_file(run, 'history')
+    if not process_rank(): learn.run_history.csv = run_file(run, 'history')
     keep = KeepModel(r.monitor, file=run_file(run, 'model'))
     checkpoint = Checkpoint(run_file(run, 'state'), resume=resume)
     start = time.perf_counter()
@@ -262,6 +272,7 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
         if not out_of_memory(e): raise
         raise RunError(_what_fits(r, learn)) from e
     finally:
+        if n_processes() > 1: learn.distributed.close()
         learn.arithmetic.close() # a batch that was broken off has left autocast on, for all that this process does next
         _draw(learn, run, r.monitor)
     picked = _pick_test_size(learn, r, run_file(run, 'model')) if r.test_size < 0 else None
@@ -295,22 +306,26 @@ def choose_bs(
 # %% ../nbs/710_train.ipynb #2984dbae
 def _prepare(r: Recipe, source: DataSource) -> Learner:
     "Data and learner of a run, checked."
+    check_trackers(r.track)
     seed_everything(r.seed)
     dls = recipe_dls(r, source)
     learn = recipe_learner(r, dls)
     if dls.device.type == 'cpu': keep_freed_memory()
-    _quick_check(dls, source)
+    by_first(_quick_check, dls, source)
+    dls.contents, dls.warned = from_first((dls.contents, dls.warned) if not process_rank() else None)
     return learn
 
 def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock: float, resume: bool = False):
     "Fit in the run folder and write down what came out; if it is stopped, say how to go on."
     learn.path, state = run, run_file(run, 'state')
+    track = [Track(r.track, run, params=_params(learn, r))] if r.track else []
     try:
-        result = _fit_into(learn, r, run, cbs, resume, clock)
+        result = _fit_into(learn, r, run, [*track, *(cbs or [])], resume, clock)
         env.update(result)
-        with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
-            write_env(run, env)
-            shutil.rmtree(state.parent)
+        if not process_rank():
+            with signals_wait(): # that a run has ended and that it has no checkpoint are one thing
+                write_env(run, env)
+                shutil.rmtree(state.parent)
     except BaseException as e:
         # what could not even begin would not the next time
         if state.exists() and (not resume or learn.run_history.rows or isinstance(e, (KeyboardInterrupt, SystemExit))):
@@ -320,7 +335,9 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
             how = 'the same mstoolkit ablate' if whole.name.startswith('.') else resume
             print(f"stopped; to go on after the last finished epoch: {how}", flush=True)
         elif not learn.run_history.rows and not resume: _take_back(run)
+        for t in track: t.close()
         raise
+    for t in track: t.finish(run_file(run, o) for o in ('model', 'recipe', 'source', 'history', 'preds', 'curves'))
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
           f"{env['seconds']/60:.1f} min", flush=True)
 
@@ -328,6 +345,7 @@ def _calibrate(learn: Learner, run: Path, answers: tuple|None) -> dict: # what c
     "Fit a temperature on validation, put it into the model file, and write down what the model says of each image."
     with learn.no_bar(), learn.no_logging(): logits, y = answers or learn.get_preds(act=noop)
     found = calibrate(logits, y)
+    if process_rank(): return found.plain()
     if found.temperature != 1: change_header(run, temperature=found.temperature)
     if found.images >= least_images: print(*found.lines(), sep='\n', flush=True)
     write_text(run_file(run, 'preds'), prediction_table(learn, learn.dls.valid, found.probs, y).to_csv(index=False))
@@ -335,6 +353,7 @@ def _calibrate(learn: Learner, run: Path, answers: tuple|None) -> dict: # what c
 
 def _take_back(run: Path):
     "A run that ended no epoch has nothing to keep, and should not take the name."
+    if process_rank(): return
     for f in beginnings(run): f.unlink(missing_ok=True)
 
 # %% ../nbs/710_train.ipynb #12e36971
@@ -410,19 +429,45 @@ def train(
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     clock = time.perf_counter() - spent
     source = data_source(data, **source)
-    r, out = settle_run(recipe, source, out, given=given, weights_dir=weights_dir)
+    with together(_device(recipe, given)): return _train(recipe, source, out, given, weights_dir, cbs, clock)
+
+def _device(recipe: Recipe|str|Path, given: dict|None) -> torch.device|str:
+    "Where this process is going to train, which several have to know before they meet."
+    if n_processes() == 1: return 'cpu' # nobody asks
+    said = (given or {}).get('device')
+    return pick_device(said or ('auto' if recipe == 'auto' else _settled(recipe, {}, '').device))
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    "The run folder, which the first process makes, and alone writes to."
+    if process_rank():
+        yield out
+        return
+    with new_folder(out, 'run folder') as run, one_writer(run): yield run
+
+def _train(recipe: Recipe|str|Path, source: DataSource, out: str|Path|None, given: dict|None, weights_dir: str|Path,
+           cbs: list|None, clock: float) -> Learner:
+    "Train, when all processes there are have met."
+    r, out = by_first(settle_run, recipe, source, out, given=given, weights_dir=weights_dir)
     learn = _prepare(r, source)
     dls = learn.dls
-    with new_folder(out, 'run folder') as run, one_writer(run):
-        try: env = _begin(learn, r, source, run)
+    with _folder(out) as run:
+        try: env = by_first(_begin, learn, r, source, run)
         except BaseException:
             _take_back(run)
             raise
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
+        _tell_processes(r)
         if aside := left_aside(source): print(f"left aside: {aside}", flush=True)
         _run(learn, r, run, env, cbs, clock)
     return learn
+
+def _tell_processes(r: Recipe):
+    "Say what each process gets."
+    if (n := n_processes()) == 1: return
+    most, least = (f(part_sizes(r.bs, n)) for f in (max, min))
+    print(f"{n} processes: each takes {most if most == least else f'{most} or {least}'} of the {r.bs} images of a batch", flush=True)
 
 # %% ../nbs/710_train.ipynb #7aa62238
 def _check_same(now: dict, was: dict, path: str):
@@ -439,7 +484,8 @@ def _check_same(now: dict, was: dict, path: str):
         raise ValueError(f"the data in {path!r} has changed since the run began: {what}")
     if was['data'].get('contents') not in (None, now['data']['contents']): # runs of earlier versions have none
         raise ValueError(f"the images in {path!r} have changed since the run began: the same names, other content")
-    then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}} for e in (was, now))
+    then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}, 'processes': e.get('processes', 1)}
+                  for e in (was, now))
     if differs := [f'{k} {then.get(k)} then, {v} now' for k, v in here.items() if v != then.get(k)]:
         print(f"the weights may differ in rounding from those of a run in one go: {'; '.join(differs)}", flush=True)
 
@@ -466,23 +512,28 @@ def resume_run(
     "Go on with a run that was stopped: exactly as if it had not been, or, under a budget, for the minutes that are left."
     clock, run = time.perf_counter() - spent, Path(run)
     stopped_run(run)
-    with one_writer(run):
-        env = stopped_run(run)  # once more: another process may just have ended it
-        r = _with_teacher(load_recipe(run_file(run, 'recipe')))
-        if minutes:
-            if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
-            r = replace(r, minutes=minutes)
-        clear_leftovers(run)
-        source = images_of(run, data)
-        learn = _prepare(r, source)
-        now = _surroundings(learn.dls) | dict(recipe=_told(r))
-        _check_same(now, env, source.path)
+    with together(_device(run_file(run, 'recipe'), None)), nullcontext() if process_rank() else one_writer(run):
+        return _resume(run, data, cbs, minutes, clock)
+
+def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None, clock: float) -> Learner:
+    "Go on with a run that nobody else goes on with."
+    env = by_first(stopped_run, run)  # once more: another process may just have ended it
+    r = _with_teacher(load_recipe(run_file(run, 'recipe')))
+    if minutes:
+        if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
+        r = replace(r, minutes=minutes)
+    by_first(clear_leftovers, run)
+    source = images_of(run, data)
+    learn = _prepare(r, source)
+    now = from_first(_surroundings(learn.dls) | dict(recipe=_told(r)))
+    _check_same(now, env, source.path)
+    env['recipe'] = now['recipe']
+    env['resumed'] = [*env.get('resumed', []), now['started']]
+    if not process_rank():
         if minutes: r.save(run_file(run, 'recipe'))
-        env['recipe'] = now['recipe']
-        env['resumed'] = [*env.get('resumed', []), now['started']]
         write_env(run, env)
-        print(f"{r.name}: run folder {run}", end=', ')
-        begun = run_file(run, 'state').is_file()
-        if not begun: print("no epoch had ended: from the start", flush=True)
-        _run(learn, r, run, env, cbs, clock, resume=begun)
+    print(f"{r.name}: run folder {run}", end=', ')
+    begun = by_first(run_file(run, 'state').is_file)
+    if not begun: print("no epoch had ended: from the start", flush=True)
+    _run(learn, r, run, env, cbs, clock, resume=begun)
     return learn

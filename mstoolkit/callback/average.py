@@ -14,6 +14,7 @@ from fastai.torch_core import get_model
 
 from .core import is_lasting_fit
 from .tracker import EarlyStop, improves, metric_mode, monitored
+from ..core import from_first
 
 # %% ../../nbs/335_callback.average.ipynb #13b67cac
 def new_weight(
@@ -100,8 +101,8 @@ class EMA(Callback):
         raw, averaged = value(self.found), value(average)
         loss = next((n for n in names if n.endswith('loss')), names[0])
         on = next((n for n in names if n in (self.monitor, self.monitor.removeprefix('valid_'))), loss)
-        if improves(averaged[on], raw[on], mode=self.mode, loss=averaged[loss], best_loss=raw[loss], tie=0.): return
-        if averaged == raw: return
+        better = improves(averaged[on], raw[on], mode=self.mode, loss=averaged[loss], best_loss=raw[loss], tie=0.)
+        if from_first(better or averaged == raw): return
         self.recorder.log[-len(self.found):] = self.found
         self._swap()
 

@@ -16,6 +16,7 @@ from fastai.learner import Learner
 from fastcore.basics import GetAttr
 
 from .core import AttachedCallback, body_is_frozen, is_lasting_fit
+from ..core import from_first, n_processes
 
 # %% ../../nbs/345_callback.budget.ipynb #af725a97
 class _Slice(GetAttr):
@@ -27,7 +28,7 @@ class _Slice(GetAttr):
     def __iter__(self) -> Iterator:
         budget, first = self.budget, True
         # at least one: a slice without a batch would have no loss
-        while first or perf_counter() + budget.iter_seconds/2 < budget.stop_at:
+        while first or budget.tick() + budget.iter_seconds/2 < budget.stop_at:
             first = False
             b = next(budget.stream, None) if budget.stream is not None else None
             if b is None:
@@ -66,10 +67,19 @@ class Budget(AttachedCallback):
 
     def __getstate__(self): return self.__dict__ | {'stream': None}
 
+    now: float|None = None # by the first process's clock, where there are several: all decide by it
+
+    def _clock(self) -> float: return perf_counter() if self.now is None else self.now
+
+    def tick(self) -> float: # seconds
+        "Read the clock that all processes go by."
+        if n_processes() > 1: self.now = from_first(perf_counter())
+        return self._clock()
+
     @property
     def used(self) -> float: # seconds
         "How much of the time is used."
-        return perf_counter() - self.began
+        return self._clock() - self.began
 
     @property
     def left(self) -> float: # seconds
@@ -104,6 +114,8 @@ class Budget(AttachedCallback):
         "Find this fit's part of the time."
         self.run = is_lasting_fit(self.learn)
         if not self.run: return
+        self.began = from_first(self.began)
+        self.tick()
         first = self.frozen and body_is_frozen(self.learn)
         self.lo, self.hi = (0., self.frozen) if first else (self.thawed, 1.)
         self.first = bool(first)
@@ -112,6 +124,7 @@ class Budget(AttachedCallback):
 
     def before_epoch(self):
         "End the fit when its time is over; pass by what a checkpoint has done."
+        self.tick()
         checkpoint = getattr(self.learn, 'checkpoint', None)
         if checkpoint is not None and checkpoint.saved is not None:
             saved = checkpoint.saved
@@ -125,13 +138,14 @@ class Budget(AttachedCallback):
 
     def before_train(self):
         "Begin a slice."
+        self.tick()
         if self.train_from is None: self.train_from = self.used
         left = self._fit_left()
         # the first slice does not know yet what a validation costs
         shortest = max(self.seconds/self.slices, 15*self._validation_seconds())
         n = 1 if self.hi < 1 else max(1, int(left/shortest))
         self.last = n == 1
-        self.slice_from, self.slice_share, self.timed = perf_counter(), 1/n, None
+        self.slice_from, self.slice_share, self.timed = self._clock(), 1/n, None
         self.stop_at = self.slice_from + max(0., left)/n
         self.learn.dl = _Slice(self.dl, self)
 
@@ -142,49 +156,54 @@ class Budget(AttachedCallback):
 
     def batches_to_come(self) -> int: # 0: not known
         "About how many batches the slice has."
-        return max(1, round((self.stop_at - perf_counter())/self.iter_seconds)) if self.pace and self.iter_seconds else 0
+        return max(1, round((self.stop_at - self._clock())/self.iter_seconds)) if self.pace and self.iter_seconds else 0
 
     def before_batch(self):
         "Set the schedule's progress."
         if not self.training: return
+        self.tick()
         self.most_progress = max(self.most_progress, self.progress())
         self.learn.pct_train = self.most_progress
-        self.timed = perf_counter(), self.x.shape[-1]*self.x.shape[-2]*len(self.x) if self.x.ndim == 4 else len(self.x)
+        self.timed = self._clock(), self.x.shape[-1]*self.x.shape[-2]*len(self.x) if self.x.ndim == 4 else len(self.x)
 
     def after_batch(self):
         "Measure the pace; the first batch of all, which also pays for starting up, does not count."
         if not self.training or self.timed is None: return
         start, self.pixels = self.timed
-        self.iter_seconds = perf_counter() - start
+        self.iter_seconds = self.tick() - start
         now = self.iter_seconds/self.pixels
         if self.iter: self.pace = now if self.pace is None else .9*self.pace + .1*now
         if self.iter == 10 and self.pace_then is None and self.validation is not None: self.pace_then = self.pace
         # what is left may have changed since the slice began: the machine's pace has
-        if self.last: self.stop_at = perf_counter() + self._fit_left()
+        if self.last: self.stop_at = self._clock() + self._fit_left()
 
     def after_train(self):
         "Whether there is more to come."
+        self.tick()
         self.ended = self.last
-        self.validate_from = perf_counter()
+        self.validate_from = self._clock()
 
     def before_validate(self):
         "Pass by the frozen phase's where it would cost too much: nobody will want that model, unless it was probed."
+        self.tick()
         wanted = self.hi == 1 or hasattr(self.learn, 'probe_head')
         self.validating = wanted or self._validation_seconds() < .02*self.seconds
         if not self.validating: raise CancelValidException
 
     def after_validate(self):
         "Measure what it takes."
+        self.tick()
         if not self.validating: return
         ema = getattr(self.learn, 'ema', None)
         once = ema is not None and not ema.step # an average of no step is not validated
-        took = perf_counter() - self.validate_from
+        took = self._clock() - self.validate_from
         # without folded norms and a few images at a time, a validation takes twice as long as features
         if self.first and self.image_seconds: took = min(took, 2.2*self.image_seconds*len(self.dls.valid_ds))
         self.validation, self.pace_then = took*(self._validated if once else 1), self.pace
 
     def after_fit(self):
         "Let the loader go; what a frozen phase has not used is the next one's."
+        self.tick()
         if self.first: self.thawed = min(self.frozen, self._share())
         self._close()
 

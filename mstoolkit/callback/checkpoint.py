@@ -17,13 +17,13 @@ import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
-from fastai.torch_core import get_model, rank_distrib, to_device
+from fastai.torch_core import get_model, to_device
 from fastcore.foundation import L
 from torch import Tensor
 
 from .core import is_lasting_fit
 from .tracker import EarlyStop
-from ..core import atomic_path, signals_wait
+from ..core import atomic_path, by_first, draw_from, from_all, n_processes, process_rank, signals_wait
 
 # %% ../../nbs/360_callback.checkpoint.ipynb #03631105
 def _plain(o, where: str):
@@ -125,6 +125,23 @@ def load_training_state(
         if rng and s: rng.setstate(s)
     set_rng_state(state['rng'])  # last: nothing above may draw from what follows
 
+# %% ../../nbs/360_callback.checkpoint.ipynb #e40cb377
+def _drawing(learn: Learner) -> dict: # name → callback
+    return {k: cb for k, cb in _named(learn).items() if getattr(type(cb), 'per_process', False)}
+
+def _own_state(learn: Learner) -> dict:
+    "What differs between processes."
+    return dict(rng=_plain(rng_state(), 'the learner'), callbacks={k: _plain(cb.state_dict(), k) for k, cb in _drawing(learn).items()})
+
+def _load_own(learn: Learner, others: list):
+    "Let this process, which is not the first, draw what none of the others does."
+    rank = process_rank()
+    if len(others) == n_processes() - 1:
+        for k, s in others[rank-1]['callbacks'].items(): _drawing(learn)[k].load_state_dict(s)
+        return set_rng_state(others[rank-1]['rng'])
+    for cb in _drawing(learn).values(): cb.draw_from(rank)
+    draw_from(int(torch.randint(2**62, ())), rank)
+
 # %% ../../nbs/360_callback.checkpoint.ipynb #65c27b1a
 def load_checkpoint(
     file: str|Path # what a `Checkpoint` has written
@@ -155,7 +172,7 @@ class Checkpoint(Callback):
         if not resume and self.file.exists():
             raise ValueError(f"{str(self.file)!r} is another training's checkpoint: "
                              "go on with it, resume=True, or choose another file")
-        self.saved = load_checkpoint(file) if resume else None
+        self.saved = by_first(load_checkpoint, file) if resume else None
 
     def before_fit(self):
         "Count the fits; refuse a checkpoint of another one, or a state no file could hold, before anything is trained."
@@ -187,13 +204,15 @@ class Checkpoint(Callback):
         elif self._in_saved_fit: self._take_over()
 
     def _save(self, ended=False):
-        "Write the state; in a distributed run the first process does it for all."
-        if rank_distrib(): return
+        "Write the state; of several processes the first one does it for all."
+        others = {'processes': from_all(_own_state(self.learn))[1:]} if n_processes() > 1 else {}
+        if process_rank(): return
         state = dict(format=1, fit=self.n_fits, epochs=self.epoch+1, n_epoch=self.n_epoch, ended=ended,
-                     learner=training_state(self.learn))
+                     learner=training_state(self.learn) | others)
         with signals_wait(), atomic_path(self.file) as tmp, tmp.open('wb') as f:
             torch.save(state, f)  # given a path, torch hides that the disk is full
 
     def _take_over(self):
         load_training_state(self.learn, self.saved['learner'])
+        if process_rank(): _load_own(self.learn, self.saved['learner'].get('processes', []))
         self.saved = None

@@ -201,6 +201,14 @@ class BatchMix(Callback):
         "Go on drawing from where `state` was taken."
         self.rng.bit_generator.state = state['rng']
 
+    per_process = True # several processes keep a state each
+
+    def draw_from(self,
+        rank: int # this process, of several that have the same state
+    ):
+        "Draw from a stream that no other process draws from."
+        self.rng = np.random.default_rng(self.rng.bit_generator.jumped(rank))
+
 # %% ../../nbs/320_callback.mix.ipynb #046900e5
 class MixedMetric(AvgMetric):
     "The average of `func`; on a mixed training batch, λ of its value for the own targets and 1-λ of that for the others'."

@@ -20,7 +20,7 @@ from torch import nn
 from .core import body_is_frozen, is_lasting_fit
 from .progress import RunHistory
 from .speed import Arithmetic, FrozenBody
-from ..core import free_memory, track
+from ..core import as_first, free_memory, from_all, from_first, n_processes, process_rank, track
 from ..models.fold import network_for
 from ..models.fusion import FusionHead, MultiScaleModel
 from ..models.split import StageEntry
@@ -64,9 +64,10 @@ class ProbeHead(Callback):
         "Take the place of the epoch's training."
         budget = getattr(self.learn, 'budget', None)
         start = perf_counter()
-        feats, labels, at = self.features(budget.stop_at if budget else None)
-        if budget: budget.image_seconds = (perf_counter() - start)/len(feats)
+        feats, labels, at = self.features(start + budget.stop_at - budget.tick() if budget else None)
+        if budget: budget.image_seconds = from_first((perf_counter() - start)/len(feats))
         loss = self._train(feats, labels, at)
+        as_first(self.model[1].parameters()) # each process has drawn its own dropout
         self.learn.loss = self.learn.loss_grad = self.learn.smooth_loss = loss
         recorder = getattr(self.learn, 'recorder', None)
         if recorder: recorder.smooth_loss.accumulate(self.learn)
@@ -77,7 +78,7 @@ class ProbeHead(Callback):
     ) -> tuple: # (n, C) features, (n,) class numbers, item → row
         "The pooled maps of the training images, without augmentation, in a random order that a time limit may cut short."
         items = self.dls.train_ds.items
-        order = torch.randperm(len(items)).tolist()
+        order = from_first(torch.randperm(len(items)).tolist())[process_rank()::n_processes()]
         dl = self.dls.test_dl([items[i] for i in order], with_labels=True, bs=self.bs)
         model, feats, labels, run = _Pooled(self.model).eval(), [], [], None
         precision = self.learn.arithmetic.asked[0] if hasattr(self.learn, 'arithmetic') else 'fp32'
@@ -87,8 +88,13 @@ class ProbeHead(Callback):
             feats.append(run(x).clone())
             labels.append(y.as_subclass(torch.Tensor))
             if stop_at is not None and perf_counter() > stop_at: break
-        f = torch.cat(feats)
-        return f, torch.cat(labels), {i: row for row, i in enumerate(order[:len(f)])}
+        f, y = torch.cat(feats), torch.cat(labels)
+        order = order[:len(f)]
+        if n_processes() > 1: # what the others have computed
+            every = from_all((f.cpu(), y.cpu(), order))
+            f, y = (torch.cat([o[k] for o in every]).to(f.device) for k in (0, 1))
+            order = [i for o in every for i in o[2]]
+        return f, y, {i: row for row, i in enumerate(order)}
 
     def _batches(self, at: dict) -> Iterator: # rows of a batch
         "A pass over the features, in the order of the training loader, which may draw some classes more often."
@@ -161,6 +167,7 @@ class KeepMaps(Callback):
     def before_train(self):
         "Take the place of the loader."
         n = self.opt.frozen_idx
+        if n_processes() > 1: raise ValueError("KeepMaps works in one process: leave it out (keep_maps 0) where several train together")
         for cb in 'batch_mix', 'growing_size', 'distill':
             if hasattr(self.learn, cb):
                 raise ValueError(f"KeepMaps has no images for {type(getattr(self.learn, cb)).__name__}: leave one of them out")

@@ -13,13 +13,12 @@ from statistics import median
 
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from .core import body_is_frozen, is_training_fit
-from ..core import choice, others_at_work
+from ..core import choice, from_first, n_processes, others_at_work
 from ..data.workers import close_idle_workers
 from ..models.arithmetic import (autocast, cannot_compile, compile_told, compiled_call, cpu_has_bf16, fastest,
                                          few_images, layouts, once_compiled, precisions, rounds_within, time_ways,
@@ -88,10 +87,10 @@ class Arithmetic(MixedPrecision):
 
     def _decide(self):
         "Measure what is not decided; compile what is, at once where a run is resumed."
-        # the processes of a distributed run could choose differently
-        first = self.epoch == self.iter == 0 and not num_distrib()
+        first = self.epoch == self.iter == 0
         way = self._choose() if first and not self.chosen else ''
-        code = self._choose_compiled() if first and self.compiled is None else ''
+        # several processes could end up with different networks, and wait for each other's compilers
+        code = self._choose_compiled() if first and self.compiled is None and n_processes() == 1 else ''
         if self.compiled and self.of is not self.model: code = self._compile()
         if not way and not code: return
         print(f"arithmetic: {'; '.join(filter(None, [way or ' '.join(self.way), code]))}", flush=True)
@@ -103,10 +102,10 @@ class Arithmetic(MixedPrecision):
         # two or four images, all that 2 % of some minutes allow, have shown the wrong way to be fastest, at more than 3 % of the time
         share = max(self.share, .05) if budget and budget.seconds < 300 else self.share
         x, rounds = trial(self.x, self._batches_to_come(), len(self.open), share)
-        if not rounds: return ''
+        if not (rounds := from_first(rounds)): return ''
         busy = others_at_work() if self.device.type == 'cpu' else 0
         self.took = time_ways(training_step(self.model, x, self.open), self.open, rounds)
-        self.chosen = fastest(self.took, min_gain=self.min_gain)
+        self.took, self.chosen = from_first((self.took, fastest(self.took, min_gain=self.min_gain)))
         self.batch_seconds = median(self.took[self.way])*len(self.x)/len(x)
         note = f'; other programs keep {busy:.0f} threads at work on this machine' if busy >= 1 else ''
         self._apply()

@@ -17,9 +17,9 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
-from fastai.torch_core import distrib_barrier, get_model, rank_distrib
+from fastai.torch_core import get_model
 from .core import is_training_fit, table_columns
-from ..core import atomic_path, choice, signals_wait
+from ..core import as_first, atomic_path, choice, process_rank, signals_wait
 from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
@@ -265,8 +265,8 @@ class KeepBest(MetricTracker):
         with signals_wait(): self._save()
 
     def _save(self):
-        "Write the weights; in a distributed run the first process does it for all."
-        if rank_distrib(): return
+        "Write the weights; of several processes the first one does it for all."
+        if process_rank(): return
         about = {'mark': self.mark, 'epoch': str(self.best_epoch), self.monitor: str(self.best)}
         with atomic_path(self.file) as tmp: save_weights(get_model(self.learn.model), str(tmp), about)
 
@@ -280,9 +280,11 @@ class KeepBest(MetricTracker):
         "Load the best weights into `learn`."
         if self.best_epoch is None:
             raise ValueError(f"no epoch has ended with a number for {self.monitor} yet, so there are no best weights")
-        distrib_barrier()
-        if not rank_distrib(): self._check_mark()
-        load_weights(get_model(learn.model), self.file)
+        model = get_model(learn.model)
+        if not process_rank(): # the file may be on another machine
+            self._check_mark()
+            load_weights(model, self.file)
+        as_first([*model.parameters(), *model.buffers()])
 
     def _check_mark(self):
         with safe_open(self.file, 'pt') as f: mark = (f.metadata() or {}).get('mark')

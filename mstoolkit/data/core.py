@@ -33,7 +33,7 @@ from fasttransform import DisplayedTransform, Transform
 from PIL import Image
 from .augment import apply_tfms, augment_tfms, mirrors, split_colour
 from .cache import build_cache
-from ..core import choice, track
+from ..core import choice, local_processes, process_rank, track
 from .colour import DeviceColour
 from .image import (ImageError, decode_all, imagenet_mean, imagenet_std, pil_rgb, read_image, scale_shift,
                                   to_rgb)
@@ -202,7 +202,7 @@ class ImageDL(TfmdDL):
         super().before_iter()
         self._seed = self.rng.randint(0, 2**32-1)
         for t in self.after_batch.fs:
-            if isinstance(t, DeviceColour): t.reseed(self._seed)
+            if isinstance(t, DeviceColour): t.reseed(self._seed + process_rank()) # of several processes none draws like another
 
     def create_item(self,
         s: int|None # number of the item; none in a data set that is gone through in order
@@ -296,6 +296,7 @@ def default_workers(
     "One loader process a processor, 16 at the most; none for a set so small that starting them costs more."
     if sys.platform == 'linux' and not os.access('/dev/shm', os.W_OK): return 0 # as in some containers: none can start
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cpus = max(1, cpus//local_processes())
     return 0 if n < 512 or cpus == 1 else min(cpus, 16)
 
 # %% ../../nbs/170_data.core.ipynb #56c27ab2
