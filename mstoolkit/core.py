@@ -6,10 +6,10 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
-           'file_digest', 'write_text', 'signals_wait', 'check_new', 'new_folder', 'atomic_folder', 'track',
-           'pick_device', 'end_with_parent', 'keep_freed_memory', 'out_of_memory', 'free_memory', 'cpu_quota',
-           'share_processors', 'others_at_work', 'process_age', 'n_processes', 'process_rank', 'local_processes',
-           'joined', 'from_first', 'from_all', 'by_first', 'sum_of_all', 'as_first', 'draw_from', 'first_to_fail']
+           'file_digest', 'write_text', 'signals_wait', 'check_new', 'new_folder', 'atomic_folder', 'n_processes',
+           'process_rank', 'local_processes', 'joined', 'track', 'pick_device', 'end_with_parent', 'keep_freed_memory',
+           'out_of_memory', 'free_memory', 'cpu_quota', 'share_processors', 'others_at_work', 'process_age',
+           'from_first', 'from_all', 'by_first', 'sum_of_all', 'as_first', 'draw_from', 'first_to_fail']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -229,6 +229,25 @@ def atomic_folder(
         _fsync(path.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/010_core.ipynb #82db47a6
+def n_processes() -> int: # 1 where nobody has started several
+    "How many processes train together, as `torchrun` says it."
+    return int(os.environ.get('WORLD_SIZE') or 1)
+
+def process_rank() -> int: # from 0; the first one writes, prints and decides
+    "The number of this process among them."
+    return int(os.environ.get('RANK') or 0) if n_processes() > 1 else 0
+
+def local_processes() -> int: # of `n_processes`
+    "How many of them share this machine."
+    return min(n_processes(), int(os.environ.get('LOCAL_WORLD_SIZE') or n_processes()))
+
+def joined() -> Any: # the module `torch.distributed`; `None` for a process on its own
+    "What the processes speak through, once they have met."
+    if n_processes() == 1: return None
+    import torch.distributed as dist
+    return dist if dist.is_available() and dist.is_initialized() else None
+
 # %% ../nbs/010_core.ipynb #5c43b90d
 def _in_notebook() -> bool:
     "Whether a Jupyter kernel runs this."
@@ -381,25 +400,6 @@ def process_age() -> float: # seconds
 
 _imported = time.perf_counter()
 
-# %% ../nbs/010_core.ipynb #82db47a6
-def n_processes() -> int: # 1 where nobody has started several
-    "How many processes train together, as `torchrun` says it."
-    return int(os.environ.get('WORLD_SIZE') or 1)
-
-def process_rank() -> int: # from 0; the first one writes, prints and decides
-    "The number of this process among them."
-    return int(os.environ.get('RANK') or 0) if n_processes() > 1 else 0
-
-def local_processes() -> int: # of `n_processes`
-    "How many of them share this machine."
-    return min(n_processes(), int(os.environ.get('LOCAL_WORLD_SIZE') or n_processes()))
-
-def joined() -> Any: # the module `torch.distributed`; `None` for a process on its own
-    "What the processes speak through, once they have met."
-    if n_processes() == 1: return None
-    import torch.distributed as dist
-    return dist if dist.is_available() and dist.is_initialized() else None
-
 # %% ../nbs/010_core.ipynb #945db4da
 def from_first(
     value: Any # anything that can be pickled
@@ -421,8 +421,8 @@ def from_all(
 
 def by_first(
     f: Callable, # done by the first process alone
-    *args: Any,
-    **kw: Any
+    *args: Any, # that it is called with
+    **kw: Any # the same
 ) -> Any: # what it returns, in all processes
     "Have the first process do something for all; what it raises, all raise."
     if joined() is None: return f(*args, **kw)

@@ -23,6 +23,7 @@ from .core import atomic_path, check_new, choice, counted, pick_device, track
 from .data.sources import formula_starts, image_files
 from .evaluate.calibration import tempered
 from .models.arithmetic import check_precision
+from .runs import file_names
 from .models.views import check_views, view_probs, view_sets, view_sizes
 
 # %% ../nbs/720_predict.ipynb #c94bfbcf
@@ -132,8 +133,7 @@ def predict_folder(
     if bad: _report_bad(bad, len(files), on_bad)
     p, i = probs.topk(top_k, dim=1)
     labels, p = [[classes[o] for o in col] for col in i.T.tolist()], p.numpy().round(6)
-    # as objects: where pyarrow is installed, pandas' own strings hold no file name that is not UTF-8
-    df = pd.DataFrame({'image_name': pd.Series(_image_names(good, folder), dtype=object), 'pred_label': labels[0]})
+    df = pd.DataFrame({'image_name': file_names(_image_names(good, folder)), 'pred_label': labels[0]})
     if len(odd := df.image_name[df.image_name.str.startswith(formula_starts)]):
         print(f"warning: {counted(len(odd), 'image name')} such as {odd.iloc[0]!r} would be a formula to a spreadsheet: "
               "open the CSV there as text", file=sys.stderr)

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/runs.html.md"""
 # %% auto #0
 __all__ = ['run_files', 'study_files', 'run_file', 'study_file', 'free_run_folder', 'library_versions', 'environment',
            'write_env', 'read_env', 'one_writer', 'stopped_run', 'beginnings', 'clear_stillborn', 'clear_leftovers',
-           'read_history', 'read_predictions', 'Run', 'fold_folder', 'n_folds', 'Several', 'seed_folder',
+           'file_names', 'read_history', 'read_predictions', 'Run', 'fold_folder', 'n_folds', 'Several', 'seed_folder',
            'finished_runs', 'read_study', 'run_folders', 'read_failures', 'group_runs', 'correct_cells']
 
 # %% ../nbs/420_runs.ipynb #d4b52393
@@ -211,6 +211,14 @@ def clear_leftovers(
 ):
     "Remove what a kill left half written."
     for f in [*Path(run).glob('.*.tmp'), *run_file(run, 'state').parent.glob('.*.tmp')]: f.unlink()
+
+# %% ../nbs/420_runs.ipynb #a12beaed
+def file_names(
+    names: list[str] # of images
+) -> pd.Series: # a column of a table
+    "File names as pandas' strings, or as plain objects where one is not UTF-8 and pyarrow, if it is there, holds no such string."
+    try: return pd.Series(names, dtype='str')
+    except UnicodeEncodeError: return pd.Series(names, dtype=object)
 
 # %% ../nbs/420_runs.ipynb #30683d6b
 def _read_csv(file: Path, **kw) -> pd.DataFrame: # with a row or more

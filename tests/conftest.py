@@ -51,3 +51,15 @@ def tiny():
 def tiny_options():
     "The same as command-line options."
     return ['--recipe', 'gate', *(o for k, v in TINY.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)]))]
+
+
+@pytest.fixture(scope='module') # a loop that Playwright leaves open lets no other run
+def browser():
+    "Chromium without a window, with a camera that shows a test pattern."
+    api = pytest.importorskip('playwright.sync_api')
+    chromium = next((p for o in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(o))), None)
+    if not chromium: pytest.skip('no chromium here')
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'])
+        yield b
+        b.close()

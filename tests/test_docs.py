@@ -30,7 +30,6 @@ from nbdev.config import nbpath2html  # noqa: E402
 
 SOURCES = [o for o in ROOT.iterdir() if o.name in 'nbs mstoolkit docs benchmarks examples tests'.split() or o.is_file()]
 modules = [m for m in index['syms'] if not m.rpartition('.')[2].startswith('_')]
-chromium = next((p for o in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(o))), None)
 
 
 def copy_sources(to: Path):
@@ -258,7 +257,7 @@ def test_formulas_become_mathml():
 
 def test_a_notebook_in_the_right_place_appears_in_the_right_place():
     page = lambda source, module='': linking.Page(Path(source), nbpath2html(Path(source[4:])).as_posix(), source, module=module)
-    books = [page('nbs/110_data.image.ipynb', 'data.image'), page('nbs/300_study.ipynb'), page('nbs/900_all.ipynb', 'all'),
+    books = [page('nbs/110_data.image.ipynb', 'data.image'), page('nbs/300_study.ipynb'), page('nbs/all.ipynb', 'all'),
              page('nbs/howto/010_resume.ipynb'), page('nbs/index.ipynb'), page('nbs/my_notes/010_x.ipynb'), page('nbs/010_data.core.ipynb', 'data.core')]
     assert [assemble.tab(p) for p in books] == ['reference', 'tutorials', 'reference', 'howto', '', 'my_notes', 'reference']
     assert [*assemble.rooms([p for p in books if p.module])] == ['Data', 'Ground', 'More']
@@ -322,16 +321,6 @@ def served(site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown(); server.server_close()
-
-
-@pytest.fixture(scope='session')
-def browser():
-    api = pytest.importorskip('playwright.sync_api')
-    if not chromium: pytest.skip('no chromium here')
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield b
-        b.close()
 
 
 def test_pages_in_a_browser(site, served, browser):

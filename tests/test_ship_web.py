@@ -3,7 +3,6 @@ import base64
 import functools
 import http.server
 import os
-import shutil
 import threading
 from pathlib import Path
 
@@ -18,20 +17,9 @@ from PIL import Image
 from tests.test_ship import classifier
 from tests.test_ship_serve import started
 
-chromium = next((p for o in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(o))), None)
 # the folder dist of the npm package onnxruntime-web
 RUNTIME = Path(os.environ.get('ORT_WEB', 'node_modules/onnxruntime-web/dist'))
 needs_runtime = pytest.mark.skipif(not all((RUNTIME/o).is_file() for o in runtime_files), reason='needs npm install onnxruntime-web (ORT_WEB=its dist)')
-
-
-@pytest.fixture(scope='module')
-def browser():
-    api = pytest.importorskip('playwright.sync_api')
-    if not chromium: pytest.skip('no chromium here')
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--use-fake-device-for-media-stream', '--use-fake-ui-for-media-stream'])
-        yield b
-        b.close()
 
 
 @pytest.fixture(scope='module')

@@ -28,7 +28,7 @@ from ..callback.progress import RunHistory
 from ..callback.tracker import metric_mode
 from ..core import natural_key
 from .stats import accuracy_interval
-from ..runs import read_history, read_predictions
+from ..runs import file_names, read_history, read_predictions
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #a89404cb
 def _recorder_frame(recorder):
@@ -142,7 +142,7 @@ def prediction_table(
     "The table of `valid_predictions` from probabilities at hand."
     vocab, i, y = np.asarray(learn.dls.vocab, dtype=object), probs.argmax(1).numpy(), y.numpy()
     names = _image_names(dl, len(y), getattr(learn.dls, 'path', '.'))
-    return pd.DataFrame(dict(image=pd.Series(names, dtype=object), label=vocab[y].astype(str), pred_label=vocab[i].astype(str),
+    return pd.DataFrame(dict(image=file_names(names), label=vocab[y].astype(str), pred_label=vocab[i].astype(str),
                              confidence=probs.max(1)[0].numpy(), label_confidence=probs[range(len(y)), y].numpy()))
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #e9d746e1
@@ -180,7 +180,7 @@ def confusion_pairs(
     df = prediction_frame(preds)
     wrong = df[df.label != df.pred_label]
     n = wrong.groupby(['label', 'pred_label'], as_index=False).size().rename(columns={'size': 'n'})
-    n['share'] = n.n/n.label.map(df.label.value_counts())
+    n['share'] = n.n/n.label.map(df.label.value_counts()).astype(float) # without a mistake there is no number to tell the type
     return n.sort_values(['n', 'share'], ascending=False, kind='stable', ignore_index=True)
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #38e359c7

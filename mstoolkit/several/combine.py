@@ -28,7 +28,7 @@ from ..evaluate.stats import accuracy_interval, holm, mcnemar
 from ..predict import predict_probs
 from ..recipe import load_recipe
 from ..report import write_report
-from ..runs import Several, environment, fold_folder, free_run_folder, n_folds, run_file, write_env
+from ..runs import Several, environment, file_names, fold_folder, free_run_folder, n_folds, run_file, write_env
 
 # %% ../../nbs/770_several.combine.ipynb #a9356be3
 def average_weights(
@@ -274,7 +274,7 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
     source.kept_in(out).save(run_file(out, 'source'))
     root, i = Path(source.path), own.argmax(1)
     image = [o.path.relative_to(root).as_posix() if o.path.is_relative_to(root) else str(o.path) for o in va]
-    df = pd.DataFrame(dict(image=pd.Series(image, dtype=object), label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
+    df = pd.DataFrame(dict(image=file_names(image), label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
                            confidence=own.max(1), label_confidence=own[np.arange(len(i)), s.y]))
     write_text(run_file(out, 'preds'), df.to_csv(index=False))
     about = ("Each image is answered by what was chosen without it and its fifth of the images; the model file holds "

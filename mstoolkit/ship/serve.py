@@ -214,7 +214,9 @@ class Service:
         self.batcher = Batcher(runner, limits, batches.observe)
         self.decoders = ThreadPoolExecutor(os.cpu_count() or 1, 'decode')
 
-    def check_token(self, said: str|None):
+    def check_token(self,
+        said: str|None # the header Authorization
+    ):
         "Refuse who does not bring the token."
         if self.token and not secrets.compare_digest((said or '').encode(), f'Bearer {self.token}'.encode()):
             raise Refused(401, 'this server asks for a token: Authorization: Bearer …', WWW_Authenticate='Bearer')
@@ -222,7 +224,9 @@ class Service:
     def _busy(self) -> Refused:
         return Refused(503, f'{self.waiting} pictures wait already: try again in a second', Retry_After='1')
 
-    async def body(self, request) -> bytearray:
+    async def body(self,
+        request # of Starlette
+    ) -> bytearray:
         "A request's body, which counts as held until `release`."
         most, said = self.limits.max_mb*1e6, request.headers.get('content-length')
         too_long = Refused(413, f'this server takes up to {self.limits.max_mb:g} MB in a request')
@@ -248,7 +252,11 @@ class Service:
         finally: self.batcher.coming -= 1
         return await self.batcher.ask(pixels)
 
-    async def answer(self, request, top: int, maps: bool) -> dict:
+    async def answer(self,
+        request, # of Starlette
+        top: int, # classes to name
+        maps: bool # with the map of each scale
+    ) -> dict: # what is sent, as JSON
         "Read a request, run the network, and say what it said."
         start = perf_counter()
         if self.waiting >= self.limits.max_waiting: raise self._busy()
