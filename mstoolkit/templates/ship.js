@@ -115,8 +115,9 @@ $('photo').addEventListener('click', async () => {
   try {
     stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
     const video = document.querySelector('video');
-    video.srcObject = stream; $('camera').hidden = false;
-    await video.play(); $('snap').focus();
+    video.srcObject = stream; $('snap').disabled = true; $('camera').hidden = false;
+    await video.play(); // before it there is no picture to take
+    $('snap').disabled = false; $('snap').focus();
   } catch (e) { closeCamera(); fail(`There is no camera to use: ${e.message}`); }
 });
 $('close').addEventListener('click', () => { closeCamera(); $('photo').focus(); });
