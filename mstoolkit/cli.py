@@ -462,7 +462,7 @@ def serve(
     max_megapixels: Annotated[float, typer.Option(help="largest picture, in millions of pixels")] = 50.,
     max_waiting: Annotated[int, typer.Option(help="pictures that may wait; the rest get 503 with Retry-After")] = 256,
     seconds: Annotated[float, typer.Option(help="longest that a request may take")] = 20.,
-    batch: Annotated[int, typer.Option(help="most pictures that the network is given at once")] = 32,
+    batch: Annotated[int, typer.Option(help="most pictures that the network is given at once")] = 4,
     wait_ms: Annotated[float, typer.Option(help="milliseconds that a batch waits for pictures that are being decoded")] = 4.,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of an exported file's runtime; 0 leaves that to it")] = 0,
     plugin: Plugin = None,

@@ -64,7 +64,7 @@ class Limits:
     max_waiting: int = 256 # pictures that were taken on and are not answered; the rest get 503
     max_waiting_mb: float = 256. # of bodies that are held meanwhile
     seconds: float = 20. # from a request's first byte to its answer
-    batch: int = 32 # pictures that the network is given at once
+    batch: int = 4 # pictures that the network is given at once: on a processor more leave its caches, and take longer each
     wait_ms: float = 4. # that a batch waits for pictures that are being decoded
 
     def __post_init__(self):
