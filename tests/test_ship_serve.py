@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -282,3 +283,14 @@ def test_it_listens_where_it_is_told(model):
         p.terminate()
         assert p.wait(30) == 0
         p.communicate()
+
+
+def test_what_cannot_be_served_is_told_in_a_line(model, tmp_path, capsys):
+    for name in 'm.pt2', 'm.web':
+        (tmp_path/name).mkdir()
+        assert main(['serve', str(tmp_path/name)]) == 2
+        assert 'is no model that a server opens: give a run folder' in capsys.readouterr().err
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        assert main(['serve', str(model), '--port', str(taken.getsockname()[1])]) == 2
+    err = capsys.readouterr().err
+    assert 'nothing can listen at 127.0.0.1' in err and len(err.splitlines()) == 1

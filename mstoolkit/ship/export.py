@@ -466,6 +466,8 @@ def export(
     model = Path(model)
     clf = Classifier.load(model)
     if maps and (why := no_maps(clf)): raise ValueError(why)
+    # below 0 it asks for a gain
+    if not -100 <= max_drop <= 100: raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
     out = check_new(out or default_out(model, format, 'half' if half else 'int8' if int8 else ''), 'exported model')
     files, labels = _images(model, Path(images) if images else None)
     if int8 and labels is None:

@@ -41,7 +41,11 @@ def open_to_serve(
         from mstoolkit.classifier import hub_file
         model = hub_file(str(model))
     model = Path(model)
+    if (xml := model/'model.xml').is_file(): model = xml # a folder that `export` wrote for OpenVINO
     if model.suffix in runners: return open_exported(model, threads)
+    if model.suffix in ('.pt2', '.web'):
+        raise ValueError(f"{str(model)!r} is no model that a server opens: "
+                         "give a run folder, a model file, an .onnx file or an OpenVINO folder")
     if not model.exists(): raise FileNotFoundError(f"there is no model {str(model)!r}")
     from mstoolkit.runs import run_file
     if model.is_dir() and (file := run_file(model, 'onnx')).is_file():
@@ -416,7 +420,11 @@ def serve(
     except ImportError as e: raise _lacking(e) from e
     runner = model if isinstance(model, Runner) else open_to_serve(model, threads)
     app = make_app(Service(runner, limits, token))
-    sock = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    try: sock = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as e:
+        raise ValueError(f"nothing can listen at {host}, port {port} ({e.strerror}): "
+                         "give another --port, 0 for one that is free, or another --host") from e
     shown = f'[{host}]' if ':' in host else host
     h = runner.header
     print(f"{type(runner).__name__} {h.version}: {h.network}, {len(h.classes)} classes, "
