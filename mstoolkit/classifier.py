@@ -18,25 +18,23 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from fastcore.basics import chunked
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from . import __version__
 from .core import atomic_path, choice, file_digest, natural_key
-from .data.image import Picture, pixels_of, scale_shift
+from .data.image import pixels_of, scale_shift
 from .data.workers import end_loader, start_loader, worker_deaths
 from .models.arithmetic import precisions
 from .models.ensemble import Ensemble, averages
 from .models.fold import network_for
 from .models.fusion import multiscale_model
 from .models.report_a import load_report_a
-from .ship.runner import Prediction, answers
+from .ship.runner import NamesImages, Runner
 
 # whoever uses a trained model waits for neither fastai nor albumentations
 if TYPE_CHECKING: from fastai.learner import Learner
@@ -217,7 +215,7 @@ def _ready(model: nn.Module, x: torch.Tensor, n: int, precision: str, way: tuple
 
 # %% ../nbs/620_classifier.ipynb #ee6c7275
 @dataclass(frozen=True)
-class Classifier:
+class Classifier(NamesImages):
     "A trained network with its header: all it takes to classify an image."
     model: nn.Module # from `multiscale_model`
     header: ModelHeader # what goes with it into the file
@@ -299,30 +297,14 @@ class Classifier:
         each = [_ready(m, o, n, precision, way) for m, o in zip(model.members, model.inputs(x))]
         return lambda x: model.mean(run(o) for run, o in zip(each, model.inputs(x)))
 
-    @overload
-    def predict(self, images: list|tuple, *, bs: int = ...) -> list[Prediction]: ...
-    @overload
-    def predict(self, images: Picture, *, bs: int = ...) -> Prediction: ...
-    def predict(self,
-        images: Picture|list|tuple, # a path, a file's content, an array (H×W or H×W×C), a PIL image; or a list of such
-        *,
-        bs: int = 64 # images in a batch
-    ) -> Prediction|list[Prediction]: # of a list, a list
-        "Name what is in an image, with a probability for each class; what cannot be read is an `ImageError`."
-        many = isinstance(images, (list, tuple))
-        if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")
-        out = [o for some in chunked(images if many else [images], bs) for o in self._named(some)]
-        return out if many else out[0]
-
-    def _named(self, images: Sequence) -> list[Prediction]:
+    def _probs(self, images):
         h, device = self.header, next(self.model.parameters()).device
         sizes = list(dict.fromkeys(s for s, *_ in h.inputs))
-        pixels = [np.stack(o) for o in zip(*(pixels_of(im, sizes) for im in images))]
-        on = [torch.from_numpy(o).to(device) for o in pixels]
+        on = [torch.from_numpy(o).to(device) for o in Runner.batch([pixels_of(im, sizes) for im in images])]
         xs = tuple(normalised(on[sizes.index(s)], mean, std) for s, mean, std in h.inputs)
         model = self.model.eval()
         with torch.inference_mode(): logits = model(xs if len(xs) > 1 else xs[0])
-        return answers((logits.double()/h.temperature).softmax(1).float().cpu().numpy(), h.classes)
+        return (logits.double()/h.temperature).softmax(1).float().cpu().numpy()
 
     @classmethod
     def from_report_a(cls,

@@ -8,8 +8,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 __all__ = ['choice', 'RunError', 'folder_name', 'import_plugins', 'counted', 'natural_key', 'seed_everything', 'atomic_path',
            'file_digest', 'write_text', 'signals_wait', 'check_new', 'new_folder', 'atomic_folder', 'n_processes',
            'process_rank', 'local_processes', 'joined', 'track', 'pick_device', 'end_with_parent', 'keep_freed_memory',
-           'out_of_memory', 'free_memory', 'cpu_quota', 'share_processors', 'others_at_work', 'process_age',
-           'from_first', 'from_all', 'by_first', 'sum_of_all', 'as_first', 'draw_from', 'first_to_fail']
+           'out_of_memory', 'free_memory', 'processors', 'cpu_quota', 'share_processors', 'others_at_work',
+           'process_age', 'from_first', 'from_all', 'by_first', 'sum_of_all', 'as_first', 'draw_from', 'first_to_fail']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -357,6 +357,10 @@ def free_memory(
     return min(free)
 
 # %% ../nbs/010_core.ipynb #83e038af
+def processors() -> int:
+    "How many processors this process may run on."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
 def cpu_quota(
     root: str|Path = '/sys/fs/cgroup' # where Linux shows what a container may use
 ) -> int|None: # processors; `None` without a limit below those there are

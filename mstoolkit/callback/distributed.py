@@ -32,7 +32,7 @@ from fastcore.foundation import L
 from fastcore.imports import noop
 from .core import AttachedCallback, is_lasting_fit
 from ..core import (RunError, as_first, draw_from, end_with_parent, from_first, joined, local_processes, n_processes,
-                            process_rank, sum_of_all)
+                            process_rank, processors, sum_of_all)
 from ..models.arithmetic import untouched
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -415,8 +415,7 @@ def start_processes(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    if threads or 'OMP_NUM_THREADS' not in os.environ: os.environ['OMP_NUM_THREADS'] = str(threads or max(1, cpus//n))
+    if threads or 'OMP_NUM_THREADS' not in os.environ: os.environ['OMP_NUM_THREADS'] = str(threads or max(1, processors()//n))
     os.environ[_launcher] = str(os.getpid())
     before = logging.root.manager.disable
     logging.disable(logging.ERROR) # a process says itself what went wrong

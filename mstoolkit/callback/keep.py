@@ -8,16 +8,15 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.keep.html.md"""
 __all__ = ['KeepModel']
 
 # %% ../../nbs/625_callback.keep.ipynb #9f1cf54a
-from fastai.torch_core import rank_distrib
-
 from .tracker import KeepBest
 from ..classifier import Classifier
+from ..core import process_rank
 
 # %% ../../nbs/625_callback.keep.ipynb #d968988c
 class KeepModel(KeepBest):
     "`KeepBest` whose file is a whole model file: the best weights with class names, size and normalisation."
     def _save(self):
-        if rank_distrib(): return
+        if process_rank(): return
         metrics = {self.monitor: self.best, 'valid_loss': self.best_loss, 'epoch': self.best_epoch}
         Classifier.from_learner(self.learn, metrics).save(self.file)
 

@@ -15,10 +15,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgMetric, Learner, Metric
-from fastai.torch_core import find_bs, rank_distrib
+from fastai.torch_core import find_bs
 from torch import Tensor
 
 from .core import body_is_frozen
+from ..core import process_rank
 
 # %% ../../nbs/320_callback.mix.ipynb #76b45e1a
 def cutmix_box(
@@ -121,7 +122,7 @@ class BatchMix(Callback):
         self.cutmix_alpha = _alpha_range(cutmix_alpha, 'cutmix_alpha')
         self.mixup_alpha = _alpha_range(mixup_alpha, 'mixup_alpha')
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        self.rng = np.random.default_rng([seed, rank_distrib()])  # each process of a distributed run draws its own
+        self.rng = np.random.default_rng([seed, process_rank()])  # each process of a distributed run draws its own
         self.lam, self.yb_b, self.mixed_epoch = 1., None, False
 
     @property

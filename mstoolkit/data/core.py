@@ -33,7 +33,7 @@ from fasttransform import DisplayedTransform, Transform
 from PIL import Image
 from .augment import apply_tfms, augment_tfms, mirrors, split_colour
 from .cache import build_cache
-from ..core import choice, local_processes, process_rank, track
+from ..core import choice, local_processes, process_rank, processors, track
 from .colour import DeviceColour
 from .image import (ImageError, decode_all, imagenet_mean, imagenet_std, pil_rgb, read_image, scale_shift,
                                   to_rgb)
@@ -295,8 +295,7 @@ def default_workers(
 ) -> int: # loader processes
     "One loader process a processor, 16 at the most; none for a set so small that starting them costs more."
     if sys.platform == 'linux' and not os.access('/dev/shm', os.W_OK): return 0 # as in some containers: none can start
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    cpus = max(1, cpus//local_processes())
+    cpus = max(1, processors()//local_processes())
     return 0 if n < 512 or cpus == 1 else min(cpus, 16)
 
 # %% ../../nbs/170_data.core.ipynb #56c27ab2

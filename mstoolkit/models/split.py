@@ -84,18 +84,23 @@ def can_enter(
     means = getattr(head, 'collapses', hasattr(head, 'pool'))
     return clear and means and 0 < n < len(ends) and not body.channels_last and not body.recomputes
 
+def _walk(steps, x, ends: set, first: int = 0) -> tuple: # what the last one gives, and the outputs of those in `ends`
+    "Run modules one after the other, `first` being the number of the first of them."
+    maps = []
+    for i, m in enumerate(steps, first):
+        x = m(x)
+        if i in ends: maps.append(x)
+    return x, maps
+
 class _Front(nn.Module):
     "Images to what a `StageEntry` takes."
     def __init__(self, model: MultiScaleModel, entry: 'StageEntry'):
         super().__init__()
-        self.steps = nn.ModuleList([m for _, m in _in_order(model[0].net)[:entry.begin]])
+        self.steps = nn.ModuleList(entry.steps(model)[:entry.begin])
         self.pool, self.entry = model[1].pool, entry
 
     def forward(self, x):
-        maps = []
-        for i, m in enumerate(self.steps):
-            x = m(x)
-            if i in self.entry.ends and i < self.entry.begin - 1: maps.append(x)
+        x, maps = _walk(self.steps, x, self.entry.early_ends)
         if not maps: return x
         means = torch.cat([o.flatten(1) for o in self.pool(maps)], 1)
         planes = self.entry.channels - x.shape[1]
@@ -117,18 +122,24 @@ class StageEntry:
         ends = _step_ends(body)
         self.n, self.begin = n, ends[n-1] + 1
         self.ends = {ends[i] for i in pick_stages([o['stride'] for o in body.info], len(body.channels))}
-        plain, self.early = deepcopy(model).eval(), [] # (C, H, W) of the maps before the last kept
+        self.early_ends = {o for o in self.ends if o < self.begin - 1}
+        plain = deepcopy(model).eval()
         with torch.inference_mode(False), torch.no_grad():
             x = x[:2]
-            h = x
-            for i, (_, m) in enumerate(_in_order(plain[0].net)[:self.begin]):
-                h = m(h)
-                if i in self.ends and i < self.begin - 1: self.early.append(tuple(h.shape[1:]))
-            self.shape = tuple(h.shape[1:])
+            last, maps = _walk(self.steps(plain)[:self.begin], x, self.early_ends)
+            self.early = [tuple(o.shape[1:]) for o in maps] # (C, H, W) of the maps before the last kept
+            self.shape = tuple(last.shape[1:])
             self.channels = self.shape[0] + -(-sum(c for c, _, _ in self.early)//(self.shape[1]*self.shape[2]))
             want, got = plain(x), self(plain, self.front(plain)(x))
         if (got - want).abs().max() > 1e-3*want.abs().max():
             raise ValueError(f"{body.name} does something else than its modules in their order: it cannot be entered at a stage")
+
+    @staticmethod
+    def steps(
+        model: MultiScaleModel # the one that this was made for
+    ) -> list: # modules
+        "The body's modules, as they follow one another."
+        return [m for _, m in _in_order(model[0].net)]
 
     def takes(self,
         x: torch.Tensor # images, or what `front` made of them
@@ -154,7 +165,4 @@ class StageEntry:
             maps.append(means[:, at:at+k, None, None].expand(-1, -1, h, w))
             at += k
         if self.begin - 1 in self.ends: maps.append(x)
-        for i, (_, m) in enumerate(_in_order(model[0].net)[self.begin:], self.begin):
-            x = m(x)
-            if i in self.ends: maps.append(x)
-        return model[1](maps)
+        return model[1](maps + _walk(self.steps(model)[self.begin:], x, self.ends, self.begin)[1])

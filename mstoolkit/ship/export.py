@@ -38,7 +38,7 @@ from ..evaluate.stats import paired_interval
 from ..models.ensemble import Ensemble
 from ..predict import predict_probs
 from ..runs import Run, Several, read_env, run_file, run_files
-from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches
+from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches, needs_package
 from .web import check_runtime, write_page
 
 # %% ../../nbs/910_ship.export.ipynb #ea1b5e7a
@@ -201,8 +201,7 @@ def _onnx_int8(made, batches: list): # of each batch an array for each input
 
 def _openvino():
     try: import openvino
-    except ImportError as e:
-        raise ImportError(f"this needs the package openvino: pip install mstoolkit[openvino] ({e})") from e
+    except ImportError as e: raise needs_package('openvino', 'openvino', e) from e
     return openvino
 
 def _save_openvino(made, header: ShippedHeader, folder: Path, *, half: bool = False, batches: list|None = None):
@@ -223,7 +222,19 @@ def _save_openvino(made, header: ShippedHeader, folder: Path, *, half: bool = Fa
 
 _xml = 'model.xml' # OpenVINO puts model.bin beside it
 
-class TorchExported(Runner):
+class _InTorch(Runner):
+    "What torch runs."
+    model: Any # uint8 pixels → a tensor for each of `outputs`
+    outputs: list[str] # their names
+
+    def run(self,
+        *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
+    ) -> dict[str, np.ndarray]: # as `Runner.run`
+        "Run a batch."
+        with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
+        return {k: v.numpy() for k, v in zip(self.outputs, out)}
+
+class TorchExported(_InTorch):
     "A file of `torch.export`, which needs torch and nothing of this library."
     def __init__(self,
         file: str|Path, # .pt2
@@ -234,14 +245,7 @@ class TorchExported(Runner):
         self.header = ShippedHeader.read(kept['mstoolkit'], file)
         self.outputs = _outputs(len(self.header.strides))
 
-    def run(self,
-        *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
-    ) -> dict[str, np.ndarray]: # as `Runner.run`
-        "Run a batch."
-        with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
-        return {k: v.numpy() for k, v in zip(self.outputs, out)}
-
-class TorchModel(Runner):
+class TorchModel(_InTorch):
     "A classifier as it was trained, with the same interface."
     def __init__(self,
         clf: Classifier, # of one network or of several, on the CPU
@@ -249,13 +253,7 @@ class TorchModel(Runner):
         maps: bool = False # give the map of each scale, too
     ):
         self.header, self.model = header, ShippedNetwork(clf, maps)
-
-    def run(self,
-        *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
-    ) -> dict[str, np.ndarray]: # as `Runner.run`
-        "Run a batch."
-        with torch.inference_mode(): out = self.model(*map(torch.from_numpy, pixels))
-        return {k: v.numpy() for k, v in zip(self.model.output_names, out)}
+        self.outputs = self.model.output_names
 
 # %% ../../nbs/910_ship.export.ipynb #67fb49cc
 # format → largest difference of a probability from PyTorch's; and for 16 bits
@@ -400,8 +398,10 @@ class Exported:
         maps = f", maps of strides {', '.join(map(str, h.strides))}" if h.strides else ''
         return [f"{self.path}: {h.network}, {n}, {sizes} px{maps}", *self.compared.lines()]
 
-def _check_asked(format: str, maps: bool, half: bool, int8: bool, runtime):
+def _check_asked(format: str, maps: bool, half: bool, int8: bool, max_drop: float, runtime):
     choice(format, formats, 'format')
+    # below 0 it asks for a gain
+    if not -100 <= max_drop <= 100: raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
     if half and int8: raise ValueError("--half and --int8 are two ways to fewer bits: choose one")
     if int8 and maps:
         raise ValueError("--maps gives maps that sum to the logit exactly, which 8 bits cannot: leave out --int8 or --maps")
@@ -462,12 +462,10 @@ def export(
     runtime: str|Path|None = None # folder of onnxruntime-web's files, for `web`
 ) -> Exported:
     "Write a trained model for another runtime, and leave it there only if it gives the same answers."
-    _check_asked(format, maps, half, int8, runtime)
+    _check_asked(format, maps, half, int8, max_drop, runtime)
     model = Path(model)
     clf = Classifier.load(model)
     if maps and (why := no_maps(clf)): raise ValueError(why)
-    # below 0 it asks for a gain
-    if not -100 <= max_drop <= 100: raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
     out = check_new(out or default_out(model, format, 'half' if half else 'int8' if int8 else ''), 'exported model')
     files, labels = _images(model, Path(images) if images else None)
     if int8 and labels is None:

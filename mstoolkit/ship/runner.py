@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.runner.html.md"""
 
 # %% auto #0
 __all__ = ['confidence_words', 'resize_told', 'runners', 'Prediction', 'answers', 'in_words', 'ShippedHeader', 'in_batches',
-           'Runner', 'OnnxModel', 'OpenVinoModel', 'open_exported']
+           'NamesImages', 'Runner', 'needs_package', 'OnnxModel', 'OpenVinoModel', 'open_exported']
 
 # %% ../../nbs/900_ship.runner.ipynb #a8a4bd76
 import json
@@ -103,31 +103,22 @@ def in_batches(
         i += 1
     return out
 
-class Runner(ABC):
-    "A model that runs: images in, predictions out."
-    header: ShippedHeader # what it says of itself
+class NamesImages(ABC):
+    "What has a network and the names of its classes, and so can name what is in images."
+    header: Any # with `classes`, their names in the order of the probabilities
 
     @abstractmethod
-    def run(self,
-        *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
-    ) -> dict[str, np.ndarray]: # `probabilities` (N, classes); with maps also `map_1` … (N, h, w), `bias`, `logit`
-        "Run a batch."
+    def _probs(self, images: Sequence[Picture]) -> np.ndarray: "Class probabilities of a batch."
 
     def probs(self,
         images: Sequence[Picture], # paths, files' contents, arrays or PIL images
         bs: int|Sequence[int] = 32 # images in a batch, or of each batch in turn
     ) -> np.ndarray: # (N, classes)
         "Class probabilities of images."
-        batches, sizes = in_batches(images, [bs] if isinstance(bs, int) else bs), self.header.sizes
-        each = [self.run(*self.batch([pixels_of(o, sizes) for o in some]))['probabilities'] for some in batches]
+        sizes = [bs] if isinstance(bs, int) else bs
+        if min(sizes) < 1: raise ValueError(f"bs is {bs}: give 1 or more")
+        each = [self._probs(some) for some in in_batches(images, sizes)]
         return np.concatenate(each) if each else np.empty((0, len(self.header.classes)), np.float32)
-
-    @staticmethod
-    def batch(
-        images: Sequence[Sequence[np.ndarray]] # of each image, its pixels in every size
-    ) -> list[np.ndarray]: # one array for each size
-        "Images as a batch."
-        return [np.stack(o) for o in zip(*images)]
 
     @overload
     def predict(self, images: list|tuple, *, bs: int = ...) -> list[Prediction]: ...
@@ -144,8 +135,32 @@ class Runner(ABC):
         out = answers(self.probs(some, bs), self.header.classes)
         return out if many else out[0]
 
+class Runner(NamesImages):
+    "A model that runs: images in, predictions out."
+    header: ShippedHeader # what it says of itself
+
+    @abstractmethod
+    def run(self,
+        *pixels: np.ndarray # uint8 N×side×side×3, one for each of the header's sizes
+    ) -> dict[str, np.ndarray]: # `probabilities` (N, classes); with maps also `map_1` … (N, h, w), `bias`, `logit`
+        "Run a batch."
+
+    def _probs(self, images): return self.run(*self.batch([pixels_of(o, self.header.sizes) for o in images]))['probabilities']
+
+    @staticmethod
+    def batch(
+        images: Sequence[Sequence[np.ndarray]] # of each image, its pixels in every size
+    ) -> list[np.ndarray]: # one array for each size
+        "Images as a batch."
+        return [np.stack(o) for o in zip(*images)]
+
 # %% ../../nbs/900_ship.runner.ipynb #69344cd1
-def _needs(package: str, extra: str, why: Exception) -> ImportError:
+def needs_package(
+    package: str, # that is not there
+    extra: str, # of this library, which brings it
+    why: Exception # what the import raised
+) -> ImportError: # to be raised
+    "What says how to install a package."
     return ImportError(f"this needs the package {package}: pip install mstoolkit[{extra}] ({why})")
 
 def _unopened(file: str|Path, by: str, e: Exception) -> ValueError:
@@ -158,7 +173,7 @@ class OnnxModel(Runner):
         threads: int = 0 # processors to use; 0 leaves that to the runtime
     ):
         try: import onnxruntime as ort
-        except ImportError as e: raise _needs('onnxruntime', 'onnx', e) from e
+        except ImportError as e: raise needs_package('onnxruntime', 'onnx', e) from e
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no exported model {str(file)!r}")
         opts = ort.SessionOptions()
         opts.intra_op_num_threads, opts.log_severity_level = threads, 3
@@ -181,7 +196,7 @@ class OpenVinoModel(Runner):
         threads: int = 0 # processors to use; 0 leaves that to the runtime
     ):
         try: import openvino as ov
-        except ImportError as e: raise _needs('openvino', 'openvino', e) from e
+        except ImportError as e: raise needs_package('openvino', 'openvino', e) from e
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no exported model {str(file)!r}")
         core = ov.Core()
         try: model = core.read_model(str(file))
