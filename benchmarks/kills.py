@@ -1,9 +1,10 @@
 """Kill small trainings at random moments, take them up again and compare with the run that nobody killed, to the bit.
 
-    python benchmarks/kills.py
+    python benchmarks/kills.py [--only twice]
 
 SIGKILL with two loader processes and with none, SIGTERM and SIGINT (every second one while a checkpoint or a model is being
-written), 40 trials each, and a study and folds killed and taken up; about 20 minutes on two cores, `--n 4` for a look. Writes kills.md.
+written), 40 trials each, a study and folds killed and taken up, and runs with EMA, growing images and a budget that are killed twice; about
+25 minutes on two cores, `--n 4` for a look. Writes kills.md.
 Asked for: exit code 143 or 130 and one line on standard error, no process left after ten seconds, and after `--resume` the
 weights, history (without its times) and predictions of the run in one go. `--seed` repeats the moments.
 """
@@ -187,10 +188,66 @@ def folds(t: Trials, n: int) -> str:
     return f'| {name} | {n} | {n} taken up | {len(t.bad)-before} |'
 
 
+AVERAGED = '--ema .2 --start-size 16 --layer-decay .7 --cutmix .5 --schedule one-cycle --plateau-patience -1'.split()
+
+
+def odd_history(run: Path, minutes: float) -> str: # in words; '' when nothing is odd
+    "Epochs in turn, the best score that of the model, the budget kept by the run's own count."
+    h, model = pd.read_csv(run/'history.csv'), accuracy_of(run)
+    best, seconds = h.accuracy.max(), h.seconds.sum()
+    seen = [*(['epochs not in turn'] if [*h.epoch] != [*range(1, len(h)+1)] else []),
+            *([f'best accuracy {best:.4f}, of the model {model:.4f}'] if abs(best - model) > 1e-6 else []),
+            *([f'{seconds:.1f} s of epochs in {60*minutes:.0f} s'] if seconds > 60*minutes*1.03 else [])]
+    return ', '.join(seen)
+
+
+def accuracy_of(run: Path) -> float:
+    "Accuracy on validation of the model on disk, by its predictions."
+    valid = pd.read_csv(run/'valid_predictions.csv')
+    return float((valid.pred_label == valid.label).mean())
+
+
+def twice(t: Trials, n: int, minutes: float = 0.) -> str:
+    "Two SIGKILLs in one run with EMA, growing images and mixing; with a budget what ends it is the clock, and bits can't be asked for."
+    name = 'EMA, growing images' + (f', {60*minutes:.0f} seconds' if minutes else '') + ', two SIGKILLs'
+    options = [*t.options(0), *AVERAGED]
+    if minutes:
+        i = options.index('--epochs')
+        options[i:i+2] = ['--minutes', minutes]
+    first = lambda out: ['train', t.data, '--recipe', 'gate', '--out', out, *options]
+    ref, before, start, ways = t.root/f'twice-{minutes:g}', len(t.bad), time.monotonic(), []
+    o = t.child(first(ref)).wait(200)
+    if o.code:
+        t.failed(name, 'in one go', o.text[-600:])
+        return f'| {name} | 0 | | 1 |'
+    for i in range(n):
+        out, resumed = t.root/f'{ref.name}-{i}', 0
+        moments = sorted(t.rng.uniform(.1, o.seconds) for _ in range(2))
+        moment = ' and '.join(f'{m:.2f} s' for m in moments) + f' of {o.seconds:.2f}'
+        gone, r = 0., None
+        for m in (*moments, None): # `None`: to the end
+            there = (out/'environment.json').is_file()
+            resumed += there
+            child = t.child(['train', '--resume', out] if there else first(out))
+            if m is not None: t.stop(child, out, signal.SIGKILL, m - gone, False)
+            r = child.wait(200)
+            if r.code == 0 or m is None: break
+            gone = m
+        ended = r.code == 0 or (r.code == 2 and 'has ended well' in r.err)
+        if not ended: t.failed(name, moment, f'exit code {r.code}: {r.err.strip()[-400:]!r}')
+        elif odd := odd_history(out, minutes) if minutes else differs(out, product(ref)): t.failed(name, moment, odd)
+        ways.append(resumed)
+        shutil.rmtree(out, ignore_errors=True)
+    said = ', '.join(f'{ways.count(k)} resumed {("never", "once", "twice")[k]}' for k in sorted(set(ways), reverse=True))
+    print(f'{name}: {n} trials, {said}; {len(t.bad)-before} failures, {time.monotonic()-start:.0f} s', flush=True)
+    return f'| {name} | {n} | {said} | {len(t.bad)-before} |'
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--n', type=int, default=40, help='trials of each kind')
     p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--only', choices=['twice'], help='these rows alone, printed')
     p.add_argument('--date', default=time.strftime('%Y-%m-%d'))
     p.add_argument('--machine', default=f'{os.cpu_count()} processors')
     args = p.parse_args()
@@ -200,13 +257,17 @@ def main():
         root = Path(tmp)
         make_data(root/'data')
         t = Trials(root, root/'data', args.seed)
+        if args.only == 'twice':
+            print(*[twice(t, args.n), twice(t, args.n, minutes=.25)], *t.bad, sep='\n')
+            sys.exit(bool(t.bad))
         t.refs = {w: t.reference(w) for w in (0, 2)}
         print({w: round(s, 2) for w, (s, _) in t.refs.items()}, flush=True)
         half = lambda i: i % 2 == 1
         rows = [t.some('SIGKILL, two loader processes', args.n, signal.SIGKILL, 2), t.some('SIGKILL, none', args.n, signal.SIGKILL, 0),
                 t.some('SIGTERM, two loader processes', args.n//2, signal.SIGTERM, 2, half), t.some('SIGTERM, none', args.n//2, signal.SIGTERM, 0, half),
                 t.some('SIGINT, two loader processes', args.n//2, signal.SIGINT, 2, half), t.some('SIGINT, none', args.n//2, signal.SIGINT, 0, half),
-                t.study(max(1, args.n//10), 1), t.study(max(1, args.n//20), 2), folds(t, max(1, args.n//4))]
+                t.study(max(1, args.n//10), 1), t.study(max(1, args.n//20), 2), folds(t, max(1, args.n//4)),
+                twice(t, max(1, args.n//4)), twice(t, max(1, args.n//4), minutes=.25)]
     failures = '\n'.join(f'- {o}' for o in t.bad) or 'No trial failed.'
     write_text(HERE/'kills.md', '\n'.join([
         '# Killed and taken up again', '', f'    python benchmarks/kills.py --n {args.n} --seed {args.seed}', '',
