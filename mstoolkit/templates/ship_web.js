@@ -38,6 +38,34 @@ function linear({h, w, data}, H, W) {
   });
   return {h: H, w: W, data: out};
 }
+// EXIF's orientation of a JPEG; 0 for what is none.
+async function jpegTurn(file) {
+  const v = new DataView(await file.slice(0, 1 << 18).arrayBuffer());
+  try {
+    if (v.getUint16(0) !== 0xffd8) return 0;
+    for (let at = 2; v.getUint8(at) === 0xff && v.getUint8(at+1) !== 0xda; at += 2 + v.getUint16(at+2)) {
+      if (v.getUint8(at+1) !== 0xe1 || v.getUint32(at+4) !== 0x45786966) continue;
+      const tiff = at+10, little = v.getUint16(tiff) === 0x4949, ifd = tiff + v.getUint32(tiff+4, little);
+      for (let e = ifd+2, n = v.getUint16(ifd, little); n; n--, e += 12) if (v.getUint16(e, little) === 0x112) return v.getUint16(e+8, little);
+    }
+  } catch { } // the file ends before that
+  return 1;
+}
+// A large JPEG is decoded at 1/8, 1/4 or 1/2 in Python: averages of blocks that begin at the file's own first pixel, wherever
+// that was turned to, and repeat the last pixels at the far edges. Browsers decode it whole; the averages are taken here.
+function reduced({h, w, data}, size, turn) {
+  const k = turn && [8, 4, 2].find(k => Math.min(h, w) >= k*size);
+  if (!k) return {h, w, data};
+  const H = Math.ceil(h/k), W = Math.ceil(w/k), out = new Uint8Array(3*H*W), bits = 2*Math.log2(k), half = k*k/2;
+  const from = (n, N, back) => Int32Array.from({length: N*k}, (_, i) => back ? Math.max(0, n - N*k + i) : Math.min(n-1, i));
+  const xs = from(w, W, [2, 3, 6, 7].includes(turn)).map(x => 3*x), ys = from(h, H, [3, 4, 7, 8].includes(turn)).map(y => 3*w*y);
+  for (let y = 0, o = 0; y < H; y++) for (let x = 0; x < W; x++) for (let c = 0; c < 3; c++, o++) {
+    let s = half;
+    for (let i = 0; i < k; i++) for (let j = 0, row = ys[y*k+i] + c; j < k; j++) s += data[row + xs[x*k+j]];
+    out[o] = s >> bits;
+  }
+  return {h: H, w: W, data: out};
+}
 function resized(im, size) {
   let ky = Math.max(1, Math.floor(im.h/size)), kx = Math.max(1, Math.floor(im.w/size));
   if (Math.max(ky, kx) < 3*Math.min(ky, kx)) ky = kx = Math.min(ky, kx);
@@ -58,8 +86,8 @@ async function ask(file, im) {
   let it;
   try { it = await opened; }
   catch (e) { opened = null; throw new Error(`The model cannot be loaded: ${e.message}`); }
-  const start = performance.now(), whole = decoded(im), feeds = {};
-  HEADER.sizes.forEach((s, i) => { feeds[it.session.inputNames[i]] = new it.ort.Tensor('uint8', resized(whole, s).data, [1, s, s, 3]); });
+  const start = performance.now(), whole = decoded(im), turn = await jpegTurn(file), feeds = {};
+  HEADER.sizes.forEach((s, i) => { feeds[it.session.inputNames[i]] = new it.ort.Tensor('uint8', resized(reduced(whole, s, turn), s).data, [1, s, s, 3]); });
   const out = await it.session.run(feeds), p = [...out.probabilities.data];
   const ranked = p.map((v, i) => ({name: HEADER.names[i], probability: v})).sort((a, b) => b.probability - a.probability).slice(0, 5);
   const maps = HEADER.strides.map((stride, i) => {
@@ -68,7 +96,9 @@ async function ask(file, im) {
   });
   return {classes: ranked, maps, ms: performance.now() - start, all: p};
 }
-// for other programs on this page, and for tests: the probabilities of a file, in the order of the classes
-window.mstoolkit = {header: HEADER, resized, probabilities: async file => (await ask(file, await picture(file))).all};
+// for other programs on this page, and for tests: the probabilities of a file, in the order of the classes, and its pixels as the network takes them
+window.mstoolkit = {
+  header: HEADER, resized, probabilities: async file => (await ask(file, await picture(file))).all,
+  pixels: async (file, size) => resized(reduced(decoded(await picture(file)), size, await jpegTurn(file)), size).data};
 opened = open(); // while the picture is being chosen
 opened.catch(() => { opened = null; });
