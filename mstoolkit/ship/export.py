@@ -50,7 +50,7 @@ class ShippedNetwork(nn.Module):
     ):
         super().__init__()
         h = clf.header
-        self.net, self.maps, self.temperature = clf.model, maps, h.temperature
+        self.net, self.header, self.maps, self.temperature = clf.model, h, maps, h.temperature
         self.sizes = list(dict.fromkeys(s for s, *_ in h.inputs)) # of each input
         self.reads = [self.sizes.index(s) for s, *_ in h.inputs]
         for i, (_, mean, std) in enumerate(h.inputs):
@@ -248,12 +248,10 @@ class TorchExported(_InTorch):
 class TorchModel(_InTorch):
     "A classifier as it was trained, with the same interface."
     def __init__(self,
-        clf: Classifier, # of one network or of several, on the CPU
-        header: ShippedHeader, # what is said of it
-        maps: bool = False # give the map of each scale, too
+        net: ShippedNetwork, # on the CPU
+        header: ShippedHeader # what is said of it
     ):
-        self.header, self.model = header, ShippedNetwork(clf, maps)
-        self.outputs = self.model.output_names
+        self.header, self.model, self.outputs = header, net, net.output_names
 
 # %% ../../nbs/910_ship.export.ipynb #67fb49cc
 # format → largest difference of a probability from PyTorch's; and for 16 bits
@@ -270,6 +268,7 @@ class Compared:
     mb: float # size of the file or folder
     ms: tuple[float, float] # for one image, the file's and PyTorch's
     per_second: tuple[float, float] # images in batches of 32
+    unread: tuple[str, ...] = () # why an image was left out, of each that cannot be read
     drop: tuple[float, float, float]|None = None # of accuracy in points, with its interval; of int8 alone
     accuracy: tuple[float, float]|None = None # of PyTorch and of the file; of int8 alone
 
@@ -290,9 +289,15 @@ class Compared:
             d, low, high = self.drop
             out.append(f"accuracy {self.accuracy[0]:.1%} before and {self.accuracy[1]:.1%} after: "
                        f"{d:+.2f} points ({low:+.2f} to {high:+.2f}, paired, 95 %)".replace('-', '−'))
-        return [*out, f"{self.mb:.1f} MB; one image in {self.ms[0]:.1f} ms (PyTorch {self.ms[1]:.1f}), "
-                      f"{self.per_second[0]:,.0f} images/s in batches of 32 (PyTorch {self.per_second[1]:,.0f}), "
-                      f"on {counted(torch.get_num_threads(), 'thread')} of this machine"]
+        out.append(f"{self.mb:.1f} MB; one image in {self.ms[0]:.1f} ms (PyTorch {self.ms[1]:.1f}), "
+                   f"{self.per_second[0]:,.0f} images/s in batches of 32 (PyTorch {self.per_second[1]:,.0f}), "
+                   f"on {counted(torch.get_num_threads(), 'thread')} of this machine")
+        return [*out, f"left out: {_unread(self.unread, self.images + len(self.unread))}"] if self.unread else out
+
+def _unread(whys: Sequence[str], n: int) -> str: # of `n` images
+    "How many images cannot be read, and the first of them."
+    some = '; '.join(whys[:3]) + (f'; … and {len(whys)-3} more' if len(whys) > 3 else '')
+    return f"{len(whys)} of {counted(n, 'image')} cannot be read: {some}"
 
 def _seconds(run: Callable, pixels: list, most: float = 1.) -> float:
     "How long a batch takes, for about so many seconds."
@@ -317,6 +322,7 @@ def _size(path: Path) -> int: # bytes
 def compare(
     runner: Runner, # an exported file, opened
     clf: Classifier, # what it was made from
+    net: ShippedNetwork, # of it, to time beside the file
     files: list[Path], # images
     *,
     path: Path, # the file or folder, for its size
@@ -324,8 +330,9 @@ def compare(
     labels: Sequence[str]|None = None # of each image, for accuracy
 ) -> Compared:
     "Run an exported model and PyTorch on images."
-    ref, good, _ = predict_probs(clf, files, precision='exact', num_workers=0, device='cpu')
-    if not good: raise ValueError(f"none of the {len(files)} images to compare on can be read")
+    ref, good, bad = predict_probs(clf, files, precision='exact', num_workers=0, device='cpu')
+    whys = tuple(bad.values())
+    if not good: raise ValueError(f"there is nothing to compare on: {_unread(whys, len(files))}")
     p, q, names = ref.numpy(), runner.probs(good, [1, 2, 7]), clf.header.classes
     was, now = p.argmax(1), q.argmax(1)
     changed = [f'{f.name}: {names[a]}, now {names[b]}' for f, a, b in zip(good, was, now) if a != b]
@@ -335,8 +342,8 @@ def compare(
         hit, hit_before = (np.array([names[i] == known[f] for f, i in zip(good, o)]) for o in (now, was))
         drop = tuple(100*o for o in paired_interval(hit, hit_before))
         found = dict(drop=drop, accuracy=(hit_before.mean(), hit.mean()))
-    speed = _speed(runner, TorchModel(clf, runner.header))
-    return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, **speed, **found)
+    speed = _speed(runner, TorchModel(net, runner.header))
+    return Compared(len(good), float(np.abs(p-q).max()), changed, bound, _size(path)/1e6, unread=whys, **speed, **found)
 
 # %% ../../nbs/910_ship.export.ipynb #01ceb238
 most_images = 1000 # that are compared on
@@ -346,42 +353,46 @@ def _spread(items: list, n: int) -> list: # at most `n`, evenly
 
 def _is_run(path: Path) -> bool: return path.is_dir() and run_file(path, 'preds').is_file()
 
-def _images(model: Path, images: Path|None) -> tuple[list[Path], list[str]|None]: # files, labels
+def _images(model: Path, images: Path|None, int8: bool) -> tuple[list[Path], list[str]|None]: # files, labels
     "What to compare on."
     if images: return _spread(sorted(image_files(images)), most_images), None
     if not _is_run(model):
+        if int8: raise ValueError(_no_training.format(str(model)))
         raise ValueError(f"{str(model)!r} has no validation images to prove the export on: give a folder of images "
                          "(--images), or the run folder in the place of the model file")
-    _, files, labels = labelled_images(model)
+    try: _, files, labels = labelled_images(model)
+    except FileNotFoundError as e:
+        if int8: raise # it needs their labels
+        raise FileNotFoundError(f"{e}, or give a folder of other images to compare on (--images)") from e
     pairs = _spread(list(zip(files, labels)), most_images)
     return [f for f, _ in pairs], [c for _, c in pairs]
+
+_no_training = "--int8 is calibrated on training images, and {!r} does not know any: give the folder of one run"
 
 def _calibration_batches(model: Path, sizes: list[int], n: int = 256) -> list: # of each batch an array for each size
     "Training images, as the network takes them."
     if not _is_run(model) or Several.is_one(model):
-        raise ValueError(f"--int8 is calibrated on training images, and {str(model)!r} does not know any: "
-                         "give the folder of one run")
+        raise ValueError(_no_training.format(str(model)))
     run = Run(model)
     train = settled_samples(run.source, run.recipe.seed)[1]
     files = [s.path for s in _spread(train, n)]
     return [Runner.batch([pixels_of(f, sizes) for f in some]) for some in in_batches(files, [16])]
 
 def shipped_header(
-    clf: Classifier, # a trained model
-    model: str|Path, # the model file or folder that it came from
-    maps: bool = False # whether the file gives the map of each scale
+    net: ShippedNetwork, # of a trained model
+    model: str|Path # the model file or folder that it came from
 ) -> ShippedHeader:
     "What an exported file says of itself."
-    h, model = clf.header, Path(model)
+    h, model = net.header, Path(model)
     env = read_env(model) if model.is_dir() and run_file(model, 'env').is_file() else {}
     judged = env.get('calibration', {}).get('images', 0) >= least_images or h.temperature != 1
-    net = ShippedNetwork(clf, maps)
     one = f"{h.config['head']} head on {h.config['backbone']}"
     return ShippedHeader(classes=h.classes, sizes=net.sizes, version=model_digest(model), strides=net.strides,
                          calibrated=judged, temperature=h.temperature, metrics=h.metrics, versions=h.versions,
                          network=f'{counted(len(h.members), "network")}, the first a {one}' if h.members else one)
 
 # %% ../../nbs/910_ship.export.ipynb #0b5bfb2c
+most_drop = .5 # points of accuracy that 8 bits may cost when nothing is said
 formats = {'onnx': 'onnx', 'openvino': 'openvino', 'torch-export': 'torch_export', 'web': 'web'} # → key of `run_files`
 
 @dataclass(frozen=True)
@@ -398,10 +409,13 @@ class Exported:
         maps = f", maps of strides {', '.join(map(str, h.strides))}" if h.strides else ''
         return [f"{self.path}: {h.network}, {n}, {sizes} px{maps}", *self.compared.lines()]
 
-def _check_asked(format: str, maps: bool, half: bool, int8: bool, max_drop: float, runtime):
+def _check_asked(format: str, maps: bool, half: bool, int8: bool, max_drop: float|None, images, runtime):
     choice(format, formats, 'format')
-    # below 0 it asks for a gain
-    if not -100 <= max_drop <= 100: raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
+    if max_drop is not None:
+        if not int8: raise ValueError("--max-drop is what --int8 may cost: give --int8, too, or leave it out")
+        # below 0 it asks for a gain
+        if not -100 <= max_drop <= 100: raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
+    if int8 and images: raise ValueError("--int8 is judged by accuracy, on the validation images of a run: leave out --images")
     if half and int8: raise ValueError("--half and --int8 are two ways to fewer bits: choose one")
     if int8 and maps:
         raise ValueError("--maps gives maps that sum to the logit exactly, which 8 bits cannot: leave out --int8 or --maps")
@@ -426,10 +440,23 @@ def default_out(
     model = Path(model)
     return model/name if model.is_dir() else model.with_name(model.stem + name.name.removeprefix('model'))
 
+def _new_out(out: str|Path, format: str) -> Path:
+    "Where to write, with the ending by which it is opened again, or a `ValueError`."
+    out, endings = Path(out), {k: Path(run_files[o]).suffix for k, o in formats.items()}
+    own, folder = endings[format], format in _folders
+    if folder and out.suffix in {'.xml', '.bin', '.html', '.safetensors', *endings.values()} - {own}:
+        raise ValueError(f"--out is {str(out)!r}, and {format} is a folder: give a name that ends in {own}, or in nothing")
+    if not folder and (out.is_dir() or out.suffix not in ('', own)):
+        raise ValueError(f"--out is {str(out)!r}{', a folder' if out.is_dir() else ''}, and {format} is a file "
+                         f"whose name ends in {own}: give such a name")
+    return check_new(out if folder or out.suffix else out.with_name(out.name + own), 'exported model')
+
+_folders = 'openvino', 'web' # the other formats are files
+
 @contextlib.contextmanager
 def _written(out: Path, format: str) -> Iterator[Path]:
     "A temporary file or folder that becomes `out` when the block ends well."
-    with (atomic_folder if format in ('openvino', 'web') else atomic_path)(out) as tmp: yield tmp
+    with (atomic_folder if format in _folders else atomic_path)(out) as tmp: yield tmp
 
 def _write(net, header, tmp: Path, format: str, half: bool, batches: list|None, runtime) -> Runner:
     "Write what was asked for, and open it."
@@ -451,39 +478,37 @@ def _write(net, header, tmp: Path, format: str, half: bool, batches: list|None, 
 
 def export(
     model: str|Path, # a run folder, or a model file
-    out: str|Path|None = None, # where to write; see `default_out`
+    out: str|Path|None = None, # where to write; see `default_out`. A file's name without an ending is given the format's
     *,
     format: str = 'onnx', # onnx, openvino, torch-export or web
     maps: bool = False, # give the map of each scale, too
     half: bool = False, # 16 bits, for GPUs
     int8: bool = False, # 8 bits, calibrated on the run's training images
-    max_drop: float = .5, # points of accuracy that `int8` may cost
+    max_drop: float|None = None, # points of accuracy that `int8` may cost; `most_drop` when not given
     images: str|Path|None = None, # folder of images to compare on; a run's validation images when not given
     runtime: str|Path|None = None # folder of onnxruntime-web's files, for `web`
 ) -> Exported:
     "Write a trained model for another runtime, and leave it there only if it gives the same answers."
-    _check_asked(format, maps, half, int8, max_drop, runtime)
+    _check_asked(format, maps, half, int8, max_drop, images, runtime)
     model = Path(model)
+    out = _new_out(out or default_out(model, format, 'half' if half else 'int8' if int8 else ''), format)
     clf = Classifier.load(model)
-    if maps and (why := no_maps(clf)): raise ValueError(why)
-    out = check_new(out or default_out(model, format, 'half' if half else 'int8' if int8 else ''), 'exported model')
-    files, labels = _images(model, Path(images) if images else None)
-    if int8 and labels is None:
-        raise ValueError("--int8 is judged by accuracy, on the validation images of a run: leave out --images")
-    header, net = shipped_header(clf, model, maps), ShippedNetwork(clf, maps)
+    net = ShippedNetwork(clf, maps)
+    if maps and (why := no_maps(net)): raise ValueError(why)
+    files, labels = _images(model, Path(images) if images else None, int8)
+    header = shipped_header(net, model)
     batches = _calibration_batches(model, header.sizes) if int8 else None
     with _written(out, format) as tmp:
         runner = _write(net, header, tmp, format, half, batches, runtime)
-        found = compare(runner, clf, files, path=tmp, bound=None if int8 else half_bound if half else bounds[format],
+        found = compare(runner, clf, net, files, path=tmp, bound=None if int8 else half_bound if half else bounds[format],
                         labels=labels if int8 else None)
-        _refuse(found, format, max_drop)
+        _refuse(found, format, most_drop if max_drop is None else max_drop)
     return Exported(out, header, found)
 
 def no_maps(
-    clf: Classifier # of one network or of several
-) -> str: # '' where it has
-    "Why a classifier has no exact maps."
-    net = ShippedNetwork(clf, True)
+    net: ShippedNetwork # that is to give maps
+) -> str: # '' where it can
+    "Why a network has no exact maps."
     try:
         with torch.inference_mode(): net(*(torch.zeros(1, s, s, 3, dtype=torch.uint8) for s in net.sizes))
     except ValueError as e: return str(e)
