@@ -236,7 +236,7 @@ def page(args):
                 '| clients | server | requests/s | p50 ms | p95 ms | p99 ms | refused with 503 |', '|---:|---|---:|---:|---:|---:|---:|']
         out += [f"| {r['clients']} | {r['server']} | {r['per_second']:.0f} | {r['p50']:.0f} | {r['p95']:.0f} | {r['p99']:.0f} | {r['refused']} |" for r in o['rows']]
     if o := got.get('paths'):
-        out += ['\n## One answer over every path\n', where(o), f"{o['photographs']} photographs, beside `Classifier.predict`; {o['reduced']} of them are large enough ({2*o['size']} px) to be decoded at a half or less in Python, which no browser does.\n",
+        out += ['\n## One answer over every path\n', where(o), f"{o['photographs']} photographs, beside `Classifier.predict`; {o['reduced']} of them are large enough ({2*o['size']} px) to be decoded at a half or less in Python, where the browser's script averages what it has decoded whole.\n",
                 '| path | largest difference of a probability | median of the pictures | answers changed |', '|---|---:|---:|---:|']
         out += [f"| {r['path']} | {r['largest']:.0e} | {r['median']:.0e} | {r['changed']} |" for r in o['rows']]
     if any(o['busy'] >= 1 for o in got.values()):

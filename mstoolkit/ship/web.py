@@ -37,6 +37,8 @@ def render_page(
 ) -> tuple[str, str]: # HTML, and its content security policy
     "The page, in one file."
     h = header
+    # `benchmarks/ship.py paths --enlarge` measures it
+    apart = f" For a JPEG of more than {2*min(h.sizes)} px a probability may differ by about .01 from Python's." if kind == 'web' else ''
     facts = dict(classes=len(h.classes), calibrated=h.calibrated, words=confidence_words)
     if kind == 'web': facts |= dict(names=h.classes, sizes=h.sizes, strides=h.strides, model=model)
     env = Environment(loader=PackageLoader('mstoolkit'), autoescape=True)
@@ -51,7 +53,7 @@ def render_page(
     page = env.get_template('ship.html').render(
         kind=kind, token=token, policy=policy, script=script, title='What is in this picture?',
         intro=f"One of {counted(len(h.classes), 'class', 'classes')}: {some}", privacy=_privacy[kind],
-        facts=f"{h.network[:1].upper()}{h.network[1:]}, {' and '.join(map(str, h.sizes))} px, version {h.version}.")
+        facts=f"{h.network[:1].upper()}{h.network[1:]}, {' and '.join(map(str, h.sizes))} px, version {h.version}.{apart}")
     return page, policy
 
 # %% ../../nbs/905_ship.web.ipynb #e961e82c

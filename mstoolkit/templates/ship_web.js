@@ -52,19 +52,24 @@ async function jpegTurn(file) {
   return 1;
 }
 // A large JPEG is decoded at 1/8, 1/4 or 1/2 in Python: averages of blocks that begin at the file's own first pixel, wherever
-// that was turned to, and repeat the last pixels at the far edges. Browsers decode it whole; the averages are taken here.
+// that was turned to, and repeat the last pixels at the far edges. Browsers decode it whole; the averages are taken here, and
+// rounded as luma and chroma with libjpeg's own factors. What stays different: chroma that a browser has smoothed before.
 function reduced({h, w, data}, size, turn) {
   const k = turn && [8, 4, 2].find(k => Math.min(h, w) >= k*size);
   if (!k) return {h, w, data};
-  const H = Math.ceil(h/k), W = Math.ceil(w/k), out = new Uint8Array(3*H*W), bits = 2*Math.log2(k), half = k*k/2;
+  const H = Math.ceil(h/k), W = Math.ceil(w/k), out = new Uint8ClampedArray(3*H*W), n = k*k;
   const from = (n, N, back) => Int32Array.from({length: N*k}, (_, i) => back ? Math.max(0, n - N*k + i) : Math.min(n-1, i));
   const xs = from(w, W, [2, 3, 6, 7].includes(turn)).map(x => 3*x), ys = from(h, H, [3, 4, 7, 8].includes(turn)).map(y => 3*w*y);
-  for (let y = 0, o = 0; y < H; y++) for (let x = 0; x < W; x++) for (let c = 0; c < 3; c++, o++) {
-    let s = half;
-    for (let i = 0; i < k; i++) for (let j = 0, row = ys[y*k+i] + c; j < k; j++) s += data[row + xs[x*k+j]];
-    out[o] = s >> bits;
+  for (let y = 0, o = 0; y < H; y++) for (let x = 0; x < W; x++, o += 3) {
+    let r = 0, g = 0, b = 0;
+    for (let i = 0; i < k; i++) for (let j = 0; j < k; j++) { const at = ys[y*k+i] + xs[x*k+j]; r += data[at]; g += data[at+1]; b += data[at+2]; }
+    const l = Math.round((.299*r + .587*g + .114*b)/n);
+    const u = Math.round((.5*b - .168735892*r - .331264108*g)/n), v = Math.round((.5*r - .418687589*g - .081312411*b)/n);
+    out[o] = l + ((91881*v + 32768) >> 16);
+    out[o+1] = l + ((32768 - 22554*u - 46802*v) >> 16);
+    out[o+2] = l + ((116130*u + 32768) >> 16);
   }
-  return {h: H, w: W, data: out};
+  return {h: H, w: W, data: new Uint8Array(out.buffer)};
 }
 function resized(im, size) {
   let ky = Math.max(1, Math.floor(im.h/size)), kx = Math.max(1, Math.floor(im.w/size));
