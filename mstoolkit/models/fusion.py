@@ -30,22 +30,24 @@ def pool_weights(
     dtype: torch.dtype = torch.float32 # computed in float64, then rounded to this
 ) -> torch.Tensor: # (n_in,), sums to 1
     "Weights `a` with `(a*x).sum() == upsample(x).mean()`, for linear interpolation without aligned corners."
-    # whoever compiles or exports takes them as constants of the graph
-    of = _pool_weights.__wrapped__ if torch.compiler.is_compiling() else _pool_weights
-    return of(n_in, n_out, torch.device(device), dtype)
+    if torch.compiler.is_compiling(): return torch.tensor(_hat_means(n_in, n_out), dtype=dtype, device=device) # or exported
+    return _pool_weights(n_in, n_out, torch.device(device), dtype)
+
+def _hat_means(n_in: int, n_out: int) -> list[float]: # `n_in` numbers, in double precision
+    "In plain arithmetic, which is a constant of a graph that is exported and leaves no interpolation in it."
+    means = [0.]*n_in
+    for o in range(n_out):
+        at = max((o + .5)*n_in/n_out - .5, 0)
+        i = min(int(at), n_in-1)
+        means[i] += 1 - (at-i)
+        means[min(i+1, n_in-1)] += at-i
+    return [o/n_out for o in means]
 
 # kept outside the modules, which stay plain to copy, pickle and move; one copy to the device per size
 @lru_cache(maxsize=512)
 def _pool_weights(n_in, n_out, device, dtype):
-    "In plain arithmetic, which leaves no interpolation in a graph that is exported."
-    sums = [0.]*n_in
-    for o in range(n_out):
-        at = max((o + .5)*n_in/n_out - .5, 0)
-        i = min(int(at), n_in-1)
-        sums[i] += 1 - (at-i)
-        sums[min(i+1, n_in-1)] += at-i
     with torch.inference_mode(False), torch.no_grad():  # what inference caches, training must be able to use
-        return torch.tensor([o/n_out for o in sums], dtype=dtype, device=device)
+        return torch.tensor(_hat_means(n_in, n_out), dtype=dtype, device=device)
 
 # %% ../../nbs/230_models.fusion.ipynb #62c99977
 def pool_like(

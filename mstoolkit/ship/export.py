@@ -414,8 +414,10 @@ def _check_asked(format: str, maps: bool, half: bool, int8: bool, max_drop: floa
     if max_drop is not None:
         if not int8: raise ValueError("--max-drop is what --int8 may cost: give --int8, too, or leave it out")
         # below 0 it asks for a gain
-        if not -100 <= max_drop <= 100: raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
-    if int8 and images: raise ValueError("--int8 is judged by accuracy, on the validation images of a run: leave out --images")
+        if not -100 <= max_drop <= 100:
+            raise ValueError(f"--max-drop is {max_drop:g}: give points of accuracy from -100 to 100")
+    if int8 and images:
+        raise ValueError("--int8 is judged by accuracy, on the validation images of a run: leave out --images")
     if half and int8: raise ValueError("--half and --int8 are two ways to fewer bits: choose one")
     if int8 and maps:
         raise ValueError("--maps gives maps that sum to the logit exactly, which 8 bits cannot: leave out --int8 or --maps")
@@ -478,7 +480,7 @@ def _write(net, header, tmp: Path, format: str, half: bool, batches: list|None, 
 
 def export(
     model: str|Path, # a run folder, or a model file
-    out: str|Path|None = None, # where to write; see `default_out`. A file's name without an ending is given the format's
+    out: str|Path|None = None, # where to write, see `default_out`; a file's name without an ending is given one
     *,
     format: str = 'onnx', # onnx, openvino, torch-export or web
     maps: bool = False, # give the map of each scale, too
@@ -500,8 +502,8 @@ def export(
     batches = _calibration_batches(model, header.sizes) if int8 else None
     with _written(out, format) as tmp:
         runner = _write(net, header, tmp, format, half, batches, runtime)
-        found = compare(runner, clf, net, files, path=tmp, bound=None if int8 else half_bound if half else bounds[format],
-                        labels=labels if int8 else None)
+        bound = None if int8 else half_bound if half else bounds[format]
+        found = compare(runner, clf, net, files, path=tmp, bound=bound, labels=labels if int8 else None)
         _refuse(found, format, most_drop if max_drop is None else max_drop)
     return Exported(out, header, found)
 

@@ -53,11 +53,11 @@ def in_words(
 
 # %% ../../nbs/900_ship.runner.ipynb #4e7eca26
 resize_told = (
-    'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white). A JPEG whose '
-    'shorter side is at least 8, 4 or 2 times the size, and no other file, is first reduced to 1/8, 1/4 or 1/2 by the largest '
-    'of these that applies, as libjpeg-turbo does when it decodes at that scale: averages of k x k pixels, rounded to 8 bits, '
-    'counted from the corner where the file begins before it is turned upright, the last row and column repeated where blocks '
-    'are not whole. Without this step, the answers to large photographs are other ones. Then resize to size x size, '
+    'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white). A JPEG, and '
+    'no other file, whose shorter side is at least 8, 4 or 2 times the size is decoded at 1/8, 1/4 or 1/2, the first of '
+    'these that applies, by libjpeg-turbo or as it does: averages of k x k pixels (k = 8, 4 or 2), rounded to 8 bits, counted '
+    'from the corner where the file begins, before it is turned upright, its last pixels repeated where a block is not whole. '
+    'Who decodes the whole and leaves this out moves probabilities by .1 and more. Then resize to size x size, '
     'whatever the shape: ky = max(1, height // size), kx = max(1, width // size); unless max(ky, kx) >= 3*min(ky, kx), '
     'both become the smaller; where one is above 1, average whole blocks of ky x kx pixels, without what is over, '
     'rounded to 8 bits; then bilinear interpolation with half-pixel centres, without antialiasing, rounded to 8 bits. '

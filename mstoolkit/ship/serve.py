@@ -83,8 +83,8 @@ class Limits:
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {good}")
         if self.max_megapixels*1e6 > max_pixels:
-            raise ValueError(f"--max-megapixels is {self.max_megapixels:g}, and no picture of more than {max_pixels/1e6:.0f} is read: "
-                             "give that or less")
+            raise ValueError(f"--max-megapixels is {self.max_megapixels:g}, and no picture of more than "
+                             f"{max_pixels/1e6:.0f} is read: give less")
         if self.max_mb > self.max_waiting_mb:
             raise ValueError(f"--max-mb is {self.max_mb:g}, and all requests together have {self.max_waiting_mb:g}: "
                              "give less, or raise --max-waiting-mb")
@@ -200,7 +200,8 @@ def decode_upload(
     try:
         h = image_header(data, math.inf)
         if h.width*h.height > most:
-            raise ImageError(f"{h.width:,} × {h.height:,} pixels, and this server reads up to {most:,.0f} (--max-megapixels)", 'huge')
+            raise ImageError(f"{h.width:,} × {h.height:,} pixels, and this server reads up to {most:,.0f} "
+                             "(--max-megapixels)", 'huge')
         return pixels_of(data, sizes)
     except ImageError as e: raise Refused(_unreadable.get(e.kind, 422), f"the picture cannot be read: {e}") from e
     # a header may be damaged in ways that its reader has no words for
@@ -252,8 +253,9 @@ class Service:
             async for chunk in request.stream():
                 if len(out) + len(chunk) > most: raise too_long
                 if self.held + len(chunk) > 1e6*self.limits.max_waiting_mb:
-                    raise Refused(503, f'requests of {self.held/1e6:.0f} MB already waiting, of up to {self.limits.max_waiting_mb:g} MB '
-                                       '(--max-waiting-mb): try again in a second', Retry_After='1')
+                    raise Refused(503, f'requests of {self.held/1e6:.0f} MB already waiting, of up to '
+                                       f'{self.limits.max_waiting_mb:g} MB (--max-waiting-mb): try again in a second',
+                                  Retry_After='1')
                 self.held += len(chunk)
                 out += chunk
         except BaseException:
@@ -406,7 +408,8 @@ def make_app(
     told = {k: dict(description=v, model=Error) for k, v in _answers.items()}
     # for the description alone: `check_token` is what refuses
     guard = [Depends(HTTPBearer(auto_error=False, description='the access token'))] if service.token else []
-    app.post('/predict', dependencies=guard, openapi_extra=dict(requestBody=_body), responses=told, **_about)(predict) # type: ignore[arg-type]
+    way = app.post('/predict', dependencies=guard, openapi_extra=dict(requestBody=_body), responses=told, **_about) # type: ignore[arg-type]
+    way(predict)
 
     @app.get('/healthz', summary='Whether it answers')
     async def healthz(): return JSONResponse(dict(status='ok', version=h.version, waiting=service.waiting), headers=safe)
