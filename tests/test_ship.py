@@ -1,5 +1,6 @@
 "A model that is shipped gives the same answers: in every format, over every path, or it is not left there."
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,9 +89,11 @@ def test_a_model_file_needs_neither_fastai_nor_albumentations(tmp_path):
 
 def test_an_exported_file_needs_no_torch(shipped, pictures):
     code = (f"from mstoolkit.ship.runner import open_exported\nimport sys\nprint(open_exported({str(shipped)!r}).predict({str(pictures/'1.jpg')!r}).label)\n"
-            "import mstoolkit.ship.serve\nprint([m for m in ('torch', 'fastai', 'timm', 'pandas') if m in sys.modules])")
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert out[0] in ('2', '10', 'red apple') and out[1] == '[]'
+            "import mstoolkit.ship.serve\nprint([m for m in ('torch', 'fastai', 'timm', 'pandas') if m in sys.modules])\n"
+            "import os\nprint(os.environ.get('ORT_DISABLE_TELEMETRY'))")
+    env = {k: v for k, v in os.environ.items() if k != 'ORT_DISABLE_TELEMETRY'}
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    assert out[0] in ('2', '10', 'red apple') and out[1] == '[]' and out[2] == '1', 'onnxruntime tells nobody of the models it opens'
 
 
 # --- ONNX

@@ -38,7 +38,7 @@ from ..evaluate.stats import paired_interval
 from ..models.ensemble import Ensemble
 from ..predict import predict_probs
 from ..runs import Run, Several, read_env, run_file, run_files
-from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches, needs_package
+from .runner import OnnxModel, OpenVinoModel, Runner, ShippedHeader, in_batches, needs_package, quiet_onnxruntime
 from .web import check_runtime, write_page
 
 # %% ../../nbs/910_ship.export.ipynb #ea1b5e7a
@@ -149,7 +149,8 @@ def _describe(model, header: ShippedHeader):
     model.doc_string = f'{header.network}: uint8 pixels to probabilities of {len(header.classes)} classes'
 
 def _onnx():
-    try: import onnx, onnxruntime, onnxscript # noqa: E401, F401
+    quiet_onnxruntime()
+    try: import onnx, onnxscript # noqa: E401, F401
     except ImportError as e:
         raise ImportError(f"export needs onnx, onnxscript and onnxruntime: pip install mstoolkit[onnx] ({e})") from e
     return onnx

@@ -6,10 +6,11 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.runner.html.md"""
 
 # %% auto #0
 __all__ = ['confidence_words', 'resize_told', 'runners', 'Prediction', 'answers', 'in_words', 'ShippedHeader', 'in_batches',
-           'NamesImages', 'Runner', 'needs_package', 'OnnxModel', 'OpenVinoModel', 'open_exported']
+           'NamesImages', 'Runner', 'needs_package', 'quiet_onnxruntime', 'OnnxModel', 'OpenVinoModel', 'open_exported']
 
 # %% ../../nbs/900_ship.runner.ipynb #a8a4bd76
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -166,6 +167,14 @@ def needs_package(
     "What says how to install a package."
     return ImportError(f"this needs the package {package}: pip install mstoolkit[{extra}] ({why})")
 
+def quiet_onnxruntime(): # the module
+    "onnxruntime with its telemetry off: from 1.29 on it would tell its maker of each model that is opened, its file's name too."
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1') # it reads this when it is imported
+    try: import onnxruntime
+    except ImportError as e: raise needs_package('onnxruntime', 'onnx', e) from e
+    onnxruntime.disable_telemetry_events() # somebody else may have imported it before
+    return onnxruntime
+
 def _unopened(file: str|Path, by: str, e: Exception) -> ValueError:
     return ValueError(f"{str(file)!r} cannot be opened by {by}: {(str(e).splitlines() or [''])[0][:200]}")
 
@@ -175,8 +184,7 @@ class OnnxModel(Runner):
         file: str|Path, # .onnx
         threads: int = 0 # processors to use; 0 leaves that to the runtime
     ):
-        try: import onnxruntime as ort
-        except ImportError as e: raise needs_package('onnxruntime', 'onnx', e) from e
+        ort = quiet_onnxruntime()
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no exported model {str(file)!r}")
         opts = ort.SessionOptions()
         opts.intra_op_num_threads, opts.log_severity_level = threads, 3
