@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from mstoolkit.data.image import pixels_of, read_image, shrink
+from mstoolkit.data.image import decode_image, pixels_of, shrink
 from mstoolkit.ship.export import export
 from mstoolkit.ship.runner import OnnxModel
 from mstoolkit.ship.web import runtime_files
@@ -224,26 +224,26 @@ def jpeg(h, w, subsampling=0, turn=1, seed=0):
     return out.getvalue()
 
 
-# 4:4:4 is the same but for rounding; of 4:2:0 the browser has smoothed the chroma before it is averaged
-@pytest.mark.parametrize('subsampling, most, mean', [(0, 2, .1), (2, 8, .8)])
-@pytest.mark.parametrize('h, w, k', [(150, 200, 2), (260, 300, 4), (259, 301, 4), (515, 690, 8), (300, 1100, 4)])
-def test_large_jpegs_are_seen_as_python_sees_them(h, w, k, subsampling, most, mean, stub, open_page, tmp_path):
-    "Python decodes them at 1/2, 1/4 or 1/8, and a browser cannot: it takes the same averages."
-    data, page = jpeg(h, w, subsampling), open_page(stub)
+@pytest.mark.parametrize('subsampling', [0, 2], ids=['4:4:4', '4:2:0'])
+def test_large_jpegs_are_seen_as_python_sees_them(subsampling, stub, open_page):
+    "Python decodes them at 1/2, 1/4 or 1/8, and a browser cannot: it takes the same averages, and undoes the smoothing of chroma before."
+    page = open_page(stub)
     page.wait_for_function('!!window.mstoolkit')
-    off = np.abs(seen(page, data).astype(int) - pixels_of(data, [64])[0])
-    assert off.max() <= most and off.mean() < mean, (off.max(), off.mean())
+    for h, w in [(150, 200), (260, 300), (259, 301), (515, 690), (300, 1100)]: # at 1/2, 1/4, 1/4 with blocks that are not whole, 1/8, 1/4
+        data = jpeg(h, w, subsampling)
+        off = np.abs(seen(page, data).astype(int) - pixels_of(data, [64])[0])
+        assert off.max() <= 10 and off.mean() < .35, (h, w, off.max(), off.mean())
 
 
-@pytest.mark.parametrize('turn', range(1, 9))
-def test_turned_jpegs_are_averaged_from_where_the_file_begins(turn, stub, open_page, tmp_path):
-    data, page = jpeg(517, 603, 0, turn), open_page(stub)
+def test_turned_jpegs_are_averaged_from_where_the_file_begins(stub, open_page):
+    page = open_page(stub)
     page.wait_for_function('!!window.mstoolkit')
-    got = seen(page, data).astype(int)
-    off = np.abs(got - pixels_of(data, [64])[0])
-    assert off.max() <= 2 and off.mean() < .1, (off.max(), off.mean())
-    (tmp_path/'a.jpg').write_bytes(data)
-    assert np.abs(got - shrink(read_image(tmp_path/'a.jpg'), (64, 64))).mean() > 1, 'which the whole picture, averaged otherwise, is not'
+    for turn in range(1, 9):
+        data = jpeg(517, 603, turn % 2*2, turn)
+        got = seen(page, data).astype(int)
+        off = np.abs(got - pixels_of(data, [64])[0])
+        assert off.max() <= 10 and off.mean() < .35, (turn, off.max(), off.mean())
+        assert np.abs(got - shrink(decode_image(data), (64, 64))).mean() > 3, 'which the whole picture, averaged otherwise, is not'
 
 
 def test_the_browser_gives_the_same_answers(web, open_page, made):
