@@ -56,8 +56,9 @@ def in_words(
 resize_told = (
     'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white). A JPEG, and '
     'no other file, whose shorter side is at least 8, 4 or 2 times the size is decoded at 1/8, 1/4 or 1/2, the first of '
-    'these that applies, by libjpeg-turbo or as it does: averages of k x k pixels (k = 8, 4 or 2), rounded to 8 bits, counted '
-    'from the corner where the file begins, before it is turned upright, its last pixels repeated where a block is not whole. '
+    'these that applies, by libjpeg-turbo or as it does: averages of luma and chroma over k x k pixels (k = 8, 4 or 2), '
+    'rounded to 8 bits, counted from the corner where the file begins, before it is turned upright, its last '
+    'pixels repeated where a block is not whole. '
     'Who decodes the whole and leaves this out moves probabilities by .1 and more. Then resize to size x size, '
     'whatever the shape: ky = max(1, height // size), kx = max(1, width // size); unless max(ky, kx) >= 3*min(ky, kx), '
     'both become the smaller; where one is above 1, average whole blocks of ky x kx pixels, without what is over, '

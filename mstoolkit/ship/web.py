@@ -38,7 +38,7 @@ def render_page(
     "The page, in one file."
     h = header
     # `benchmarks/ship.py paths --enlarge` measures it
-    apart = f" For a JPEG of more than {2*min(h.sizes)} px a probability may differ by about .01 from Python's." if kind == 'web' else ''
+    apart = f" For a JPEG of more than {2*min(h.sizes)} px a probability may differ from Python's by some hundredths." if kind == 'web' else ''
     facts = dict(classes=len(h.classes), calibrated=h.calibrated, words=confidence_words)
     if kind == 'web': facts |= dict(names=h.classes, sizes=h.sizes, strides=h.strides, model=model)
     env = Environment(loader=PackageLoader('mstoolkit'), autoescape=True)
