@@ -168,7 +168,7 @@ def needs_package(
     "What says how to install a package."
     return ImportError(f"this needs the package {package}: pip install mstoolkit[{extra}] ({why})")
 
-def quiet_onnxruntime(): # the module
+def quiet_onnxruntime() -> Any: # the module
     "onnxruntime with its telemetry off: from 1.29 on it would tell its maker of each model that is opened, its file's name too."
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1') # it reads this when it is imported
     try: import onnxruntime

@@ -408,8 +408,8 @@ def make_app(
     told = {k: dict(description=v, model=Error) for k, v in _answers.items()}
     # for the description alone: `check_token` is what refuses
     guard = [Depends(HTTPBearer(auto_error=False, description='the access token'))] if service.token else []
-    way = app.post('/predict', dependencies=guard, openapi_extra=dict(requestBody=_body), responses=told, **_about) # type: ignore[arg-type]
-    way(predict)
+    about: dict[str, Any] = dict(openapi_extra=dict(requestBody=_body), responses=told, dependencies=guard, **_about)
+    app.post('/predict', **about)(predict)
 
     @app.get('/healthz', summary='Whether it answers')
     async def healthz(): return JSONResponse(dict(status='ok', version=h.version, waiting=service.waiting), headers=safe)
