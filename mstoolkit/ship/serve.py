@@ -409,7 +409,7 @@ def make_app(
     # for the description alone: `check_token` is what refuses
     guard = [Depends(HTTPBearer(auto_error=False, description='the access token'))] if service.token else []
     about: dict[str, Any] = dict(openapi_extra=dict(requestBody=_body), responses=told, dependencies=guard, **_about)
-    app.post('/predict', **about)(predict)
+    app.add_api_route('/predict', predict, methods=['POST'], **about)
 
     @app.get('/healthz', summary='Whether it answers')
     async def healthz(): return JSONResponse(dict(status='ok', version=h.version, waiting=service.waiting), headers=safe)
@@ -432,8 +432,8 @@ def make_app(
         bare = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
         return HTMLResponse(ways, headers=html | {'Content-Security-Policy': bare})
 
-    for path, f in {'/': index, '/docs': docs, '/healthz': healthz, '/metrics': metrics}.items():
-        app.head(path, include_in_schema=False)(f)
+    read: dict[str, Callable] = {'/': index, '/docs': docs, '/healthz': healthz, '/metrics': metrics}
+    for path, f in read.items(): app.add_api_route(path, f, methods=['HEAD'], include_in_schema=False)
     return app
 
 # %% ../../nbs/920_ship.serve.ipynb #bf413efb
