@@ -3,12 +3,12 @@
     python benchmarks/ship.py formats --out formats.json [--only resnet18]
     python benchmarks/ship.py int8 --run RUN --out int8.json
     python benchmarks/ship.py load --onnx FILE --out load.json [--seconds 8]
-    python benchmarks/ship.py paths --run RUN --images FOLDER --runtime DIST --out paths.json
+    python benchmarks/ship.py paths --run RUN --images FOLDER --runtime DIST --out paths.json [--enlarge 26]
     python benchmarks/ship.py page formats.json int8.json load.json paths.json
 
 The networks of `formats` have weights of chance, their heads' scaled up so that answers differ from picture to picture. `load` asks from
 another process on the same machine, bounded in time; the plain server that it is compared with is FastAPI answering one picture at a time
-with the same ONNX file and the same reader. `page` writes ship.md from what the others measured.
+with the same ONNX file and the same reader. With `--enlarge N` the photographs of `paths` are N made larger, as a camera writes them. `page` writes ship.md from what the others measured.
 """
 import argparse
 import asyncio
@@ -156,10 +156,12 @@ def paths(args):
     from mstoolkit.ship.export import export
     from mstoolkit.ship.runner import OnnxModel, OpenVinoModel
     files = sorted(Path(args.images).rglob('*.jpg'))
-    files = [files[i*len(files)//100] for i in range(100)]
+    n = args.enlarge or 100
+    files = [files[i*len(files)//n] for i in range(n)]
     said = {}
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
+        if args.enlarge: files = enlarged(files, d/'large')
         clf, names = Classifier.load(args.run), None
         names = clf.header.classes
         of = lambda o: [o.probs[c] for c in names]
@@ -187,6 +189,21 @@ def paths(args):
                  ties=[dict(file=files[i].name, was=float(np.sort(first[i])[-1]), second=float(np.sort(first[i])[-2])) for i in np.flatnonzero(np.array(v).argmax(1) != first.argmax(1))]) for k, v in said.items()]
     for r in rows: print(r)
     return dict(rows=rows, photographs=len(files), reduced=len(full), size=clf.header.size)
+
+
+def enlarged(files: list, folder: Path) -> list:
+    "Photographs of 2 to 12 megapixels made of smaller ones, with grain; most with chroma at half resolution, every fourth turned by its EXIF."
+    import cv2
+    from PIL import Image
+    folder.mkdir()
+    rng, sides = np.random.default_rng(0), [(3000, 2000), (4032, 3024), (3005, 2003), (1600, 1200), (2000, 3000)]
+    for i, f in enumerate(files):
+        im = cv2.resize(np.asarray(Image.open(f).convert('RGB')), sides[i % 5], interpolation=cv2.INTER_LANCZOS4)
+        grain = cv2.GaussianBlur(rng.normal(0, 25, im.shape).astype(np.float32), (0, 0), .8)
+        exif = Image.Exif()
+        if i % 4 == 3: exif[0x112] = (6, 8, 3)[i//4 % 3]
+        Image.fromarray(np.clip(im + grain, 0, 255).astype(np.uint8)).save(folder/f'{i:03d}.jpg', quality=92, subsampling=0 if i % 4 == 2 else 2, exif=exif)
+    return sorted(folder.iterdir())
 
 
 def size_of(file):
@@ -236,7 +253,7 @@ def page(args):
                 '| clients | server | requests/s | p50 ms | p95 ms | p99 ms | refused with 503 |', '|---:|---|---:|---:|---:|---:|---:|']
         out += [f"| {r['clients']} | {r['server']} | {r['per_second']:.0f} | {r['p50']:.0f} | {r['p95']:.0f} | {r['p99']:.0f} | {r['refused']} |" for r in o['rows']]
     if o := got.get('paths'):
-        out += ['\n## One answer over every path\n', where(o), f"{o['photographs']} photographs, beside `Classifier.predict`; {o['reduced']} of them are large enough ({2*o['size']} px) to be decoded at a half or less in Python, which no browser does.\n",
+        out += ['\n## One answer over every path\n', where(o), f"{o['photographs']} photographs, beside `Classifier.predict`; {o['reduced']} of them are large enough ({2*o['size']} px) to be decoded at a half or less in Python, where the browser's script averages what it has decoded whole.\n",
                 '| path | largest difference of a probability | median of the pictures | answers changed |', '|---|---:|---:|---:|']
         out += [f"| {r['path']} | {r['largest']:.0e} | {r['median']:.0e} | {r['changed']} |" for r in o['rows']]
     if any(o['busy'] >= 1 for o in got.values()):
@@ -258,6 +275,7 @@ def main():
     s.choices['load'].add_argument('--seconds', type=float, default=8)
     for name in ('load', 'paths'): s.choices[name].add_argument('--images', required=True)
     s.choices['paths'].add_argument('--runtime', default='')
+    s.choices['paths'].add_argument('--enlarge', type=int, default=0)
     s.add_parser('page').add_argument('files', nargs='+')
     args = p.parse_args()
     if args.what == 'page': return page(args)

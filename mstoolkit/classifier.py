@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'ModelHeader', 'hub_file', 'read_header', 'Classifier', 'av
 # %% ../nbs/620_classifier.ipynb #335be980
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -137,6 +138,8 @@ def hub_file(
 
 def _model_file(path) -> Path:
     "The model file that `path` names: itself, the one in the run folder, or one of the hub."
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise ValueError(f"a model is a model file, a run folder or hf://OWNER/NAME, and not {path!r}")
     if str(path).startswith('hf:/'): return hub_file(str(path))
     path = Path(path)
     if path.is_file(): return path

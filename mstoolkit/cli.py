@@ -425,13 +425,15 @@ def convert(
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="run folder, or model file")],
-    format: Annotated[str, typer.Option(autocompletion=_complete(_names['format']), help=', '.join(_names['format']))] = 'onnx',
+    format: Annotated[list[str], typer.Option(autocompletion=_complete(_names['format']), help=', '.join(_names['format']),
+        show_default='onnx')] = ['onnx'],
     out: Annotated[Optional[Path], typer.Option('--out', '-o',
-        help="file or folder to write; model.onnx … in the run folder, or beside the model file")] = None,
+        help="file (.onnx, .pt2) or folder to write; model.onnx … in the run folder, or beside the model file")] = None,
     maps: Annotated[bool, typer.Option('--maps', help="give the exact map of each scale, too")] = False,
     half: Annotated[bool, typer.Option('--half', help="16 bits, for GPUs")] = False,
     int8: Annotated[bool, typer.Option('--int8', help="8 bits, calibrated on the run's training images")] = False,
-    max_drop: Annotated[float, typer.Option(help="with --int8: points of accuracy that it may cost")] = .5,
+    max_drop: Annotated[Optional[float], typer.Option(show_default='0.5',
+        help="with --int8: points of accuracy that it may cost")] = None,
     images: Annotated[Optional[Path], typer.Option(
         help="folder of images to compare with PyTorch on; a run's validation images, where nothing is said")] = None,
     runtime: Annotated[Optional[Path], typer.Option(
@@ -441,12 +443,13 @@ def export(
     plugin: Plugin = None,
 ):
     "Write a model for ONNX, OpenVINO, torch.export or a browser, and leave it there only if it gives the same answers."
-    choice(format, _names['format'], 'format')
+    if len(format) > 1: raise ValueError(f"--format is given {len(format)} times ({', '.join(format)}): one is written at a time")
+    choice(format[0], _names['format'], 'format')
     if images: _folder(images)
     if out: check_new(out, 'exported model')
     if threads: _set_threads(threads)
     from mstoolkit.ship.export import export as run
-    done = run(model, out, format=format, maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
+    done = run(model, out, format=format[0], maps=maps, half=half, int8=int8, max_drop=max_drop, images=images, runtime=runtime)
     print(*done.lines(), sep='\n')
 
 # %% ../nbs/810_cli.ipynb #e08f6cc0
@@ -460,17 +463,20 @@ def serve(
         help="what clients have to bring (Authorization: Bearer …)")] = '',
     max_mb: Annotated[float, typer.Option(help="largest body of a request, in MB")] = 20.,
     max_megapixels: Annotated[float, typer.Option(help="largest picture, in millions of pixels")] = 50.,
+    max_images: Annotated[int, typer.Option(help="most pictures in a request")] = 32,
     max_waiting: Annotated[int, typer.Option(help="pictures that may wait; the rest get 503 with Retry-After")] = 256,
+    max_waiting_mb: Annotated[float, typer.Option(help="likewise: MB of requests that may wait")] = 256.,
     seconds: Annotated[float, typer.Option(help="longest that a request may take")] = 20.,
     batch: Annotated[int, typer.Option(help="most pictures that the network is given at once")] = 4,
     wait_ms: Annotated[float, typer.Option(help="milliseconds that a batch waits for pictures that are being decoded")] = 4.,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of an exported file's runtime; 0 leaves that to it")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the network; 0 leaves that to its runtime")] = 0,
     plugin: Plugin = None,
 ):
     "Put a model behind an address: POST /predict for programs, a page for people, /docs says how."
     from mstoolkit.ship.serve import Limits
     from mstoolkit.ship.serve import serve as run
-    limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, max_waiting=max_waiting, seconds=seconds, batch=batch, wait_ms=wait_ms)
+    limits = Limits(max_mb=max_mb, max_megapixels=max_megapixels, max_images=max_images, max_waiting=max_waiting,
+                    max_waiting_mb=max_waiting_mb, seconds=seconds, batch=batch, wait_ms=wait_ms)
     run(model, host=host, port=port, token=token, limits=limits, threads=threads)
 
 # %% ../nbs/810_cli.ipynb #535c6c46
@@ -481,13 +487,16 @@ def card(
     name: Annotated[str, typer.Option(help="name of the model; the folder's, where nothing is said")] = '',
     license: Annotated[str, typer.Option(help="as the hub abbreviates it: apache-2.0, cc-by-4.0 …")] = '',
     maps: Annotated[bool, typer.Option('--maps', help="let the ONNX file give the exact map of each scale, too")] = False,
+    images: Annotated[Optional[Path], typer.Option(
+        help="folder of images to compare with PyTorch on; the run's validation images, where nothing is said")] = None,
     plugin: Plugin = None,
 ):
     "Write a folder for the Hugging Face hub: model, ONNX file, model card and picture, ready for hf upload."
     _folder(run)
+    if images: _folder(images)
     check_new(out, 'folder')
     from mstoolkit.ship.card import write_card
-    print(f"{write_card(run, out, name=name, license=license, maps=maps)}: hf upload OWNER/{name or out.name} {out}")
+    print(f"{write_card(run, out, name=name, license=license, maps=maps, images=images)}: hf upload OWNER/{name or out.name} {out}")
 
 # %% ../nbs/810_cli.ipynb #bc682c2e
 @app.command()

@@ -1,9 +1,11 @@
 "A model that is shipped gives the same answers: in every format, over every path, or it is not left there."
 import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -87,9 +89,11 @@ def test_a_model_file_needs_neither_fastai_nor_albumentations(tmp_path):
 
 def test_an_exported_file_needs_no_torch(shipped, pictures):
     code = (f"from mstoolkit.ship.runner import open_exported\nimport sys\nprint(open_exported({str(shipped)!r}).predict({str(pictures/'1.jpg')!r}).label)\n"
-            "import mstoolkit.ship.serve\nprint([m for m in ('torch', 'fastai', 'timm', 'pandas') if m in sys.modules])")
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert out[0] in ('2', '10', 'red apple') and out[1] == '[]'
+            "import mstoolkit.ship.serve\nprint([m for m in ('torch', 'fastai', 'timm', 'pandas') if m in sys.modules])\n"
+            "import os\nprint(os.environ.get('ORT_DISABLE_TELEMETRY'))")
+    env = {k: v for k, v in os.environ.items() if k != 'ORT_DISABLE_TELEMETRY'}
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+    assert out[0] in ('2', '10', 'red apple') and out[1] == '[]' and out[2] == '1', 'onnxruntime tells nobody of the models it opens'
 
 
 # --- ONNX
@@ -166,11 +170,52 @@ def test_the_command(run, tmp_path, capsys):
     (['--format', 'onxx'], "unknown format 'onxx'; did you mean 'onnx'"), (['--half', '--int8'], 'choose one'), (['--int8', '--maps'], 'leave out'),
     (['--format', 'web'], 'npm install onnxruntime-web'), (['--format', 'torch-export', '--int8'], 'no such arithmetic'), (['--runtime', 'x'], 'leave it out'),
     (['--images', 'nope'], "there is no folder 'nope'"), (['--int8', '--max-drop', 'nan'], '--max-drop is nan'),
-    (['--int8', '--max-drop', '101'], '--max-drop is 101')])
+    (['--int8', '--max-drop', '101'], '--max-drop is 101'), (['--max-drop', '1'], 'give --int8, too'), (['--max-drop', '.5'], 'give --int8, too'),
+    (['--format', 'onnx', '--format', 'openvino'], '--format is given 2 times (onnx, openvino)'), (['--int8', '--images', '.'], 'leave out --images'),
+    (['--out', 'm.pt2'], 'a file whose name ends in .onnx'), (['--out', 'm.safetensors'], 'a file whose name ends in .onnx'),
+    (['--format', 'torch-export', '--out', 'm.onnx'], 'a file whose name ends in .pt2'),
+    (['--format', 'openvino', '--out', 'm.xml'], 'a name that ends in .openvino, or in nothing')])
 def test_mistakes(args, why, run, capsys):
     assert main(['export', str(run), *args]) == 2
     err = capsys.readouterr().err
     assert why in err and len(err.splitlines()) == 1
+
+
+def test_images_that_cannot_be_read_are_counted_and_named(pictures, tmp_path, capsys):
+    some = Path(shutil.copytree(pictures, tmp_path/'some'))
+    for i in range(5): (some/f'bad{i}.png').write_bytes(b'no picture')
+    file = classifier().save(tmp_path/'m.safetensors')
+    assert main(['export', str(file), '--images', str(some)]) == 0
+    out = capsys.readouterr().out
+    assert 'on 7 images' in out and 'left out: 5 of 12 images cannot be read: ' in out and 'bad0.png' in out and 'and 2 more' in out and 'bad4.png' not in out
+    for f in pictures.iterdir(): (some/f.name).unlink()
+    assert main(['export', str(file), '--images', str(some), '--out', str(tmp_path/'n.onnx')]) == 2
+    err = capsys.readouterr().err
+    assert 'there is nothing to compare on: 5 of 5 images cannot be read' in err and 'bad0.png' in err and len(err.splitlines()) == 1 and not (tmp_path/'n.onnx').exists()
+
+
+def test_a_name_without_an_ending_is_given_it(pictures, tmp_path):
+    file = classifier().save(tmp_path/'m.safetensors')
+    assert export(file, tmp_path/'n', images=pictures).path == tmp_path/'n.onnx' and OnnxModel(tmp_path/'n.onnx').header.classes
+    with pytest.raises(ValueError, match='a folder, and onnx is a file'): export(file, pictures, images=pictures)
+    with pytest.raises(ValueError, match='already exists'): export(file, tmp_path/'n', images=pictures)
+
+
+def test_validation_images_that_moved(image_folder, tiny, tmp_path, capsys):
+    run = tmp_path/'run'
+    train(Recipe(**tiny), image_folder, run)
+    image_folder.rename(tmp_path/'moved')
+    assert main(['export', str(run)]) == 2 and 'or give a folder of other images to compare on (--images)' in capsys.readouterr().err
+    assert main(['export', str(run), '--int8']) == 2 and '--images' not in capsys.readouterr().err
+    assert main(['card', str(run), str(tmp_path/'card')]) == 2 and '(--images)' in capsys.readouterr().err
+    assert main(['card', str(run), str(tmp_path/'card'), '--images', str(tmp_path/'moved'/'test')]) == 0
+    assert 'compared with PyTorch on 9 images' in (tmp_path/'card'/'README.md').read_text()
+
+
+def test_what_is_no_model_or_no_picture_is_told_in_a_line():
+    for bad in (None, '', 3):
+        with pytest.raises(ValueError, match='a model is a model file, a run folder or hf://OWNER/NAME, and not '): Classifier.load(bad)
+    with pytest.raises(ValueError, match="an image's path is empty"): classifier().predict('')
 
 
 def test_a_head_without_maps_says_so(tmp_path, pictures):

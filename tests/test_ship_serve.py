@@ -138,13 +138,13 @@ def test_limits(model):
     with TestClient(make_app(Service(OnnxModel(model, 1), limits))) as c:
         assert c.post('/predict', content=encoded(h=40, w=40)).status_code == 200
         r = c.post('/predict', content=bytes(30_000))
-        assert r.status_code == 413 and 'up to 0.02 MB' in r.json()['error']
+        assert r.status_code == 413 and 'up to 0.02 MB in a request (--max-mb)' in r.json()['error']
         r = c.post('/predict', content=iter([bytes(15_000)]*3)) # without a length
         assert r.status_code == 413
         r = c.post('/predict', content=cv2.imencode('.png', np.zeros((80, 80, 3), np.uint8))[1].tobytes())
-        assert r.status_code == 422 and '80 × 80 pixels, and this server reads up to 5,000' in r.json()['error']
+        assert r.status_code == 422 and '80 × 80 pixels, and this server reads up to 5,000 (--max-megapixels)' in r.json()['error']
         r = c.post('/predict', files=[('f', (str(i), b'a')) for i in range(3)])
-        assert r.status_code == 413 and 'up to 2 pictures' in r.json()['error']
+        assert r.status_code == 413 and 'up to 2 pictures in a request (--max-images)' in r.json()['error']
         assert c.post('/predict?top=0', content=b'').status_code == 422
 
 
@@ -171,7 +171,74 @@ def test_too_many_get_503():
     codes = [r.status_code for r in out]
     assert codes.count(200) == 3 and codes.count(503) == 9
     late = next(r for r in out if r.status_code == 503)
-    assert late.headers['retry-after'] == '1' and 'wait already' in late.json()['error'] and service.waiting == service.held == 0
+    assert late.headers['retry-after'] == '1' and '3 pictures already waiting, of up to 3 (--max-waiting)' in late.json()['error'] and service.waiting == service.held == 0
+
+
+def test_each_limit_is_named(model):
+    one = Service(Slow(.1), Limits(batch=1, max_waiting=1))
+    late = next(r for r in asked(make_app(one), 3, encoded()) if r.status_code == 503)
+    assert '1 picture already waiting, of up to 1 (--max-waiting)' in late.json()['error']
+    data = encoded(h=100, w=100)
+    few = Service(Slow(.1), Limits(batch=1, max_mb=.05, max_waiting_mb=.05))
+    assert 25_000 < len(data) < 50_000
+    late = next(r for r in asked(make_app(few), 3, data) if r.status_code == 503)
+    assert '(--max-waiting-mb)' in late.json()['error'] and few.held == 0
+    with TestClient(make_app(Service(OnnxModel(model, 1), Limits(max_waiting=2)))) as c: # it would never find room
+        r = c.post('/predict', files=[('f', (str(i), encoded())) for i in range(3)])
+        assert r.status_code == 413 and 'up to 2 pictures in a request (--max-waiting)' in r.json()['error']
+        png = encoded()
+        huge = png[:16] + struct.pack('>II', 60_000, 60_000) + png[24:]
+        assert c.post('/predict', content=huge).json()['error'] == 'the picture cannot be read: 60,000 × 60,000 pixels, and this server reads up to 50,000,000 (--max-megapixels)'
+        bmp = b'BM' + struct.pack('<IHHI', 54, 0, 0, 54) + struct.pack('<IiiHHIIiiII', 40, 30_000, 30_000, 1, 24, 0, 0, 0, 0, 0, 0)
+        r = c.post('/predict', content=bmp)
+        assert r.status_code == 422 and 'more pixels than the 178,956,970 that are read' in r.json()['error']
+
+
+@pytest.mark.parametrize('kw, why', [(dict(max_mb=300), 'raise --max-waiting-mb'), (dict(max_waiting_mb=1), '--max-mb is 20'), (dict(max_megapixels=180), 'no picture of more than 179')])
+def test_limits_that_could_not_be_kept(kw, why):
+    with pytest.raises(ValueError, match=why): Limits(**kw)
+
+
+def test_errors_have_one_shape(client):
+    for r in (client.get('/nothing'), client.get('/predict'), client.post('/'), client.delete('/healthz'), client.put('/metrics'), client.post('/openapi.json'),
+              client.post('/predict?top=0', content=encoded()), client.post('/predict?top=x', content=encoded()), client.post('/predict?maps=perhaps', content=encoded()),
+              client.post('/predict', content=b'no')):
+        assert r.status_code in (404, 405, 415, 422) and set(r.json()) == {'error'} and isinstance(r.json()['error'], str), r.text
+    assert client.post('/').headers['allow'] == 'GET, HEAD' and client.get('/predict').headers['allow'] == 'POST'
+    assert client.post('/predict?top=0').json()['error'].startswith("top is '0': input should be greater than or equal to 1")
+    assert 'mstoolkit_requests_total{status="422"}' in client.get('/metrics').text
+
+
+def test_a_mistake_of_ours_has_that_shape_too():
+    service = Service(Slow(0))
+    def no(_): raise KeyError('secret of ours')
+    service.check_token = no
+    with TestClient(make_app(service), raise_server_exceptions=False) as c: r = c.get('/metrics')
+    assert r.status_code == 500 and r.json() == {'error': 'a mistake of ours: KeyError'}
+
+
+def test_head_is_answered_as_get_is(client):
+    for path in ('/', '/healthz', '/docs', '/metrics', '/openapi.json'):
+        got, head = client.get(path), client.head(path)
+        assert head.status_code == 200 and not head.content, path
+        if path != '/metrics': assert head.headers['content-length'] == got.headers['content-length'], path
+        assert head.headers['content-type'] == got.headers['content-type']
+
+
+def test_the_description_says_what_a_token_protects(model):
+    with TestClient(make_app(Service(OnnxModel(model, 1), token='key'))) as c:
+        api = c.get('/openapi.json').json()
+        for path, method in (('/predict', 'post'), ('/metrics', 'get')):
+            o = api['paths'][path][method]
+            assert o['security'] and o['responses']['401']['content']['application/json']['schema'] == {'$ref': '#/components/schemas/Error'}
+            assert c.request(method, path).status_code == c.request(method, f'{path}?top=0').status_code == 401
+        assert 'security' not in api['paths']['/healthz']['get'] and c.head('/metrics').status_code == 401
+        assert c.get('/docs').text.count('<th scope="row">401</th>') == 2
+    with TestClient(make_app(Service(OnnxModel(model, 1)))) as c:
+        api = c.get('/openapi.json').json()
+        assert 'securitySchemes' not in api['components'] and set(api['components']['schemas']) == {'Error'}
+        answers = [r for methods in api['paths'].values() for o in methods.values() for k, r in o['responses'].items() if k >= '400']
+        assert answers and all('Error' in json.dumps(r['content']) for r in answers)
 
 
 def test_an_answer_that_takes_too_long_is_503():
@@ -230,6 +297,15 @@ def test_a_run_folder_is_served_by_the_file_that_was_made_from_it(tmp_path, mode
     assert open_to_serve(classifier(head='mlp', size=32).save(tmp_path/'mlp.safetensors')).header.strides == []
 
 
+def test_threads_are_torchs_too(model):
+    import torch
+    before = torch.get_num_threads()
+    try:
+        open_to_serve(model.with_name('m.safetensors'), 3)
+        assert torch.get_num_threads() == 3
+    finally: torch.set_num_threads(before)
+
+
 def test_mistakes_of_the_command(tmp_path, capsys):
     assert main(['serve', str(tmp_path/'gone.onnx')]) == 2 and 'there is no exported model' in capsys.readouterr().err
     assert main(['serve', 'gone', '--batch', '0']) == 2 and '--batch is 0: give more than 0' in capsys.readouterr().err
@@ -286,8 +362,9 @@ def test_it_listens_where_it_is_told(model):
 
 
 def test_what_cannot_be_served_is_told_in_a_line(model, tmp_path, capsys):
-    for name in 'm.pt2', 'm.web':
-        (tmp_path/name).mkdir()
+    for name in 'm.pt2', 'm.web', 'page':
+        (tmp_path/name/'runtime').mkdir(parents=True)
+        (tmp_path/name/'index.html').touch()
         assert main(['serve', str(tmp_path/name)]) == 2
         assert 'is no model that a server opens: give a run folder' in capsys.readouterr().err
     with socket.create_server(('127.0.0.1', 0)) as taken:

@@ -1,15 +1,19 @@
 "The server's page and the web folder in a real browser: answers, maps, keyboard, names for screen readers, and nothing from elsewhere."
 import base64
 import functools
+import hashlib
 import http.server
+import io
+import json
 import os
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from mstoolkit.data.image import shrink
+from mstoolkit.data.image import decode_image, pixels_of, shrink
 from mstoolkit.ship.export import export
 from mstoolkit.ship.runner import OnnxModel
 from mstoolkit.ship.web import runtime_files
@@ -17,7 +21,7 @@ from PIL import Image
 from tests.test_ship import classifier
 from tests.test_ship_serve import started
 
-# the folder dist of the npm package onnxruntime-web
+# the folder dist of the npm package onnxruntime-web. Where it is not, all that the page does itself is tested all the same, on a stand-in
 RUNTIME = Path(os.environ.get('ORT_WEB', 'node_modules/onnxruntime-web/dist'))
 needs_runtime = pytest.mark.skipif(not all((RUNTIME/o).is_file() for o in runtime_files), reason='needs npm install onnxruntime-web (ORT_WEB=its dist)')
 
@@ -44,11 +48,10 @@ def server(made):
     p.communicate(timeout=30)
 
 
-@pytest.fixture(scope='module')
-def folder(made):
+@contextmanager
+def hosted(made, name, runtime):
     "The web folder behind a plain static host."
-    if not all((RUNTIME/o).is_file() for o in runtime_files): pytest.skip('no onnxruntime-web')
-    out = export(made/'m.safetensors', made/'web', format='web', maps=True, images=made/'pictures', runtime=RUNTIME).path
+    out = export(made/'m.safetensors', made/name, format='web', maps=True, images=made/'pictures', runtime=runtime).path
     class Quiet(http.server.SimpleHTTPRequestHandler):
         extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {'.mjs': 'text/javascript', '.wasm': 'application/wasm'}
         def log_message(self, *args): pass
@@ -57,6 +60,38 @@ def folder(made):
     yield f'http://127.0.0.1:{s.server_port}'
     s.shutdown()
     s.server_close()
+
+
+@pytest.fixture(scope='module')
+def folder(made):
+    with hosted(made, 'web', RUNTIME) as url: yield url
+
+
+STAND_IN = """const known = KNOWN, other = OTHER;
+export const env = {wasm: {}};
+export class Tensor { constructor(type, data, dims) { Object.assign(this, {type, data, dims}); } }
+const digest = async a => [...new Uint8Array(await crypto.subtle.digest('SHA-256', a))].map(o => o.toString(16).padStart(2, '0')).join('');
+export const InferenceSession = {create: async address => {
+  const file = await fetch(address);
+  if (!file.ok) throw new Error(`no ${address}`);
+  return {inputNames: ['pixels'], run: async ({pixels}) => known[await digest(pixels.data)] ?? other};
+}};"""
+
+
+@pytest.fixture(scope='module')
+def stub(made):
+    "The same without onnxruntime-web: a stand-in that knows what onnxruntime says of the pixels that Python sees, and of no others."
+    model, known = OnnxModel(made/'m.onnx', 1), {}
+    plain = lambda out: {k: dict(data=v.ravel().tolist(), dims=v.shape) for k, v in out.items()}
+    for f in (made/'pictures').iterdir():
+        (pixels,) = pixels_of(f, [64])
+        known[hashlib.sha256(pixels.tobytes()).hexdigest()] = plain(model.run(pixels[None]))
+    other = plain({k: np.full_like(v, .3) for k, v in model.run(pixels[None]).items()})
+    d = made/'stand-in'
+    d.mkdir()
+    for o in runtime_files: (d/o).touch()
+    (d/runtime_files[0]).write_text(STAND_IN.replace('KNOWN', json.dumps(known)).replace('OTHER', json.dumps(other)))
+    with hosted(made, 'stub', d) as url: yield url
 
 
 @pytest.fixture
@@ -83,8 +118,24 @@ def shown(page, timeout=60_000):
     return page.locator('#said').inner_text()
 
 
-@pytest.fixture(params=['server', pytest.param('folder', marks=needs_runtime)])
+_folders = 'stub', pytest.param('folder', marks=needs_runtime)
+
+
+@pytest.fixture(params=['server', *_folders])
 def url(request): return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=_folders)
+def web(request): return request.param, request.getfixturevalue(request.param)
+
+
+IN_PAGE = "new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))])"
+
+
+def seen(page, data, size=64):
+    "What a network of this size sees of a file in the browser."
+    got = page.evaluate(f"async ([data, size]) => [...await mstoolkit.pixels({IN_PAGE}, size)]", [base64.b64encode(data).decode(), size])
+    return np.array(got, np.uint8).reshape(size, size, 3)
 
 
 def test_a_file_is_answered_with_its_maps(url, open_page, made):
@@ -152,10 +203,9 @@ def test_nothing_overflows_and_axe_finds_nothing(url, open_page, made, width, sc
     assert not found, [(v['id'], [n['html'] for n in v['nodes']]) for v in found]
 
 
-@needs_runtime
-def test_the_browser_resizes_to_the_same_pixels(folder, open_page, made):
+def test_the_browser_resizes_to_the_same_pixels(stub, open_page):
     "OpenCV's arithmetic, to the last bit, for sizes up and down and for whole factors."
-    page, rng = open_page(folder), np.random.default_rng(1)
+    page, rng = open_page(stub), np.random.default_rng(1)
     page.wait_for_function('!!window.mstoolkit')
     for h, w, size in [(50, 60, 64), (64, 64, 64), (128, 128, 64), (130, 200, 64), (300, 400, 64), (500, 40, 64), (33, 500, 32), (97, 61, 48), (512, 512, 64), (20, 20, 64)]:
         im = rng.integers(0, 256, (h, w, 3), np.uint8)
@@ -164,21 +214,64 @@ def test_the_browser_resizes_to_the_same_pixels(folder, open_page, made):
         np.testing.assert_array_equal(np.array(got, np.uint8).reshape(size, size, 3), shrink(im, (size, size)), err_msg=f'{h} × {w} to {size}')
 
 
-@needs_runtime
-def test_the_browser_gives_the_same_answers(folder, open_page, made):
-    page, model = open_page(folder), OnnxModel(made/'m.onnx', 1)
+def jpeg(h, w, subsampling=0, turn=1, seed=0):
+    "Something like a photograph: shapes of many sizes, with grain."
+    rng = np.random.default_rng(seed)
+    im = sum(cv2.resize(rng.uniform(0, 255, (n, n, 3)).astype(np.float32), (w, h), interpolation=cv2.INTER_CUBIC) for n in (4, 16, 64))/3
+    im = np.clip(im + rng.normal(0, 12, im.shape), 0, 255).astype(np.uint8)
+    exif = Image.Exif(); exif[0x112] = turn
+    Image.fromarray(im).save(out := io.BytesIO(), 'JPEG', quality=92, subsampling=subsampling, exif=exif)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize('subsampling', [0, 2], ids=['4:4:4', '4:2:0'])
+def test_large_jpegs_are_seen_as_python_sees_them(subsampling, stub, open_page):
+    "Python decodes them at 1/2, 1/4 or 1/8, and a browser cannot: it takes the same averages, and undoes the smoothing of chroma before."
+    page = open_page(stub)
     page.wait_for_function('!!window.mstoolkit')
-    for f in [*sorted((made/'pictures').iterdir()), made/'turned.jpg']:
-        got = page.evaluate("async data => mstoolkit.probabilities(new Blob([Uint8Array.from(atob(data), c => c.charCodeAt(0))]))", base64.b64encode(f.read_bytes()).decode())
+    for h, w in [(150, 200), (260, 300), (259, 301), (515, 690), (300, 1100)]: # at 1/2, 1/4, 1/4 with blocks that are not whole, 1/8, 1/4
+        data = jpeg(h, w, subsampling)
+        off = np.abs(seen(page, data).astype(int) - pixels_of(data, [64])[0])
+        assert off.max() <= 10 and off.mean() < .35, (h, w, off.max(), off.mean())
+
+
+def test_turned_jpegs_are_averaged_from_where_the_file_begins(stub, open_page):
+    page = open_page(stub)
+    page.wait_for_function('!!window.mstoolkit')
+    for turn in range(1, 9):
+        data = jpeg(517, 603, turn % 2*2, turn)
+        got = seen(page, data).astype(int)
+        off = np.abs(got - pixels_of(data, [64])[0])
+        assert off.max() <= 10 and off.mean() < .35, (turn, off.max(), off.mean())
+        assert np.abs(got - shrink(decode_image(data), (64, 64))).mean() > 3, 'which the whole picture, averaged otherwise, is not'
+
+
+def test_the_browser_gives_the_same_answers(web, open_page, made):
+    (kind, url), model = web, OnnxModel(made/'m.onnx', 1)
+    page = open_page(url)
+    page.wait_for_function('!!window.mstoolkit')
+    for f in [*sorted((made/'pictures').iterdir()), *([made/'turned.jpg'] if kind == 'folder' else [])]:
+        got = page.evaluate(f"async data => mstoolkit.probabilities({IN_PAGE})", base64.b64encode(f.read_bytes()).decode())
         assert got == pytest.approx(model.probs([f])[0].tolist(), abs=1e-4 if f.suffix == '.png' else 5e-3), f.name
 
 
 @needs_runtime
-def test_the_folder_works_offline_and_holds_no_more_than_it_needs(folder, made, browser):
-    assert sorted(p.name for p in (made/'web').rglob('*') if p.is_file()) == sorted(['index.html', 'model.onnx', *runtime_files])
+def test_a_large_photograph_gives_the_same_answer(folder, open_page, made):
+    page, model = open_page(folder), OnnxModel(made/'m.onnx', 1)
+    page.wait_for_function('!!window.mstoolkit')
+    for i, subsampling in enumerate([0, 2]):
+        data = jpeg(1000, 1500, subsampling, seed=i)
+        got = page.evaluate(f"async data => mstoolkit.probabilities({IN_PAGE})", base64.b64encode(data).decode())
+        assert got == pytest.approx(model.probs([data])[0].tolist(), abs=.02)
+
+
+def test_the_folder_works_offline_and_holds_no_more_than_it_needs(web, made, browser):
+    kind, url = web
+    held = (made/('web' if kind == 'folder' else kind)).rglob('*')
+    assert sorted(p.name for p in held if p.is_file()) == sorted(['index.html', 'model.onnx', *runtime_files])
     context = browser.new_context()
     page = context.new_page()
-    page.goto(folder)
+    page.goto(url)
     page.wait_for_function('!!window.mstoolkit')
     page.set_input_files('#file', str(made/'pictures'/'0.png'))
     shown(page)

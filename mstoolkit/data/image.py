@@ -76,7 +76,10 @@ def _jpeg_size(data: bytes) -> tuple[int, int]: # width, height
 _pillow_formats = ['AVIF', 'BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP']
 
 def _open(data: bytes) -> Image.Image:
-    if image_format(data) != 'HEIF': return Image.open(BytesIO(data), formats=_pillow_formats)
+    if image_format(data) != 'HEIF':
+        try: return Image.open(BytesIO(data), formats=_pillow_formats)
+        # of more than twice `max_pixels`; it does not say how wide and high
+        except Image.DecompressionBombError as e: raise ImageError(f"more pixels than the {max_pixels:,} that are read", 'huge') from e
     try: from pillow_heif import register_heif_opener
     except ImportError: raise ImageError(f"one of the {bad_kinds['heic']}", 'heic') from None
     register_heif_opener()
@@ -84,7 +87,8 @@ def _open(data: bytes) -> Image.Image:
 
 # %% ../../nbs/110_data.image.ipynb #6ac344c0
 def image_header(
-    data: bytes # a file's content; for JPEG and PNG its beginning will do
+    data: bytes, # a file's content; for JPEG and PNG its beginning will do
+    most: float = max_pixels # pixels; an image with more is refused
 ) -> ImageHeader: # its format, width and height
     "Format and size from the header, decoding nothing."
     fmt = image_format(data)
@@ -94,8 +98,7 @@ def image_header(
     elif fmt == 'PNG' and data[12:16] == b'IHDR': w, h = struct.unpack('>II', data[16:24])
     else:
         with _open(data) as im: w, h = im.size
-    if w*h > max_pixels:
-        raise ImageError(f"{w:,} × {h:,} pixels are more than the {max_pixels:,} that are read", 'huge')
+    if w*h > most: raise ImageError(f"{w:,} × {h:,} pixels are more than the {most:,.0f} that are read", 'huge')
     if max(w, h) > max_side: raise ImageError(f"{w:,} × {h:,} pixels, and sides of up to {max_side:,} are read", 'huge')
     if w*h == 0: raise ImageError(f"{w} × {h} pixels", 'damaged')
     return ImageHeader(fmt, w, h)
@@ -334,6 +337,7 @@ def pixels_of(
 ) -> list[np.ndarray]: # uint8 side×side×3 for each
     "The pixels of an image as networks of these sizes take them."
     if isinstance(o, np.ndarray) and not o.size: raise ValueError(f"an image of shape {o.shape} has nothing to see")
+    if isinstance(o, str) and not o: raise ValueError("an image's path is empty: give the path of an image file")
     if isinstance(o, Image.Image): whole = [pil_rgb(o)]*len(sizes)
     elif isinstance(o, np.ndarray): whole = [to_rgb(o)]*len(sizes)
     elif isinstance(o, (bytes, bytearray, memoryview)): whole = [decode_image(bytes(o), s) for s in sizes]

@@ -36,7 +36,7 @@ def labelled_images(
     gone = [o for o in rows.image if not (root/o).is_file()]
     if gone:
         raise FileNotFoundError(f"{len(gone)} of {len(rows)} validation images of {str(run.path)!r} are no longer "
-                                f"at {str(root)!r}, such as {gone[0]!r}: put them back, or give images where a command takes them")
+                                f"at {str(root)!r}, such as {gone[0]!r}: put them back")
     return Classifier.load(run.path), [root/o for o in rows.image], list(rows.label)
 
 # %% ../../nbs/725_evaluate.gain.ipynb #647d6e44

@@ -30,15 +30,11 @@ def pool_weights(
     dtype: torch.dtype = torch.float32 # computed in float64, then rounded to this
 ) -> torch.Tensor: # (n_in,), sums to 1
     "Weights `a` with `(a*x).sum() == upsample(x).mean()`, for linear interpolation without aligned corners."
-    if _exporting(): return torch.tensor(_hat_means(n_in, n_out), dtype=dtype, device=device) # a constant of the graph
-    if torch.compiler.is_compiling(): return _pool_weights.__wrapped__(n_in, n_out, torch.device(device), dtype)
+    if torch.compiler.is_compiling(): return torch.tensor(_hat_means(n_in, n_out), dtype=dtype, device=device) # or exported
     return _pool_weights(n_in, n_out, torch.device(device), dtype)
 
-# torch before 2.7 has no such question, and exports nothing that comes here
-_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-
 def _hat_means(n_in: int, n_out: int) -> list[float]: # `n_in` numbers, in double precision
-    "The same weights in plain arithmetic, which leaves no interpolation in a graph that is exported."
+    "In plain arithmetic, which is a constant of a graph that is exported and leaves no interpolation in it."
     means = [0.]*n_in
     for o in range(n_out):
         at = max((o + .5)*n_in/n_out - .5, 0)
@@ -51,9 +47,7 @@ def _hat_means(n_in: int, n_out: int) -> list[float]: # `n_in` numbers, in doubl
 @lru_cache(maxsize=512)
 def _pool_weights(n_in, n_out, device, dtype):
     with torch.inference_mode(False), torch.no_grad():  # what inference caches, training must be able to use
-        eye = torch.eye(n_in, dtype=torch.float64)[None]
-        rows = F.interpolate(eye, size=n_out, mode='linear', align_corners=False)[0]
-        return rows.mean(1).to(device=device, dtype=dtype)
+        return torch.tensor(_hat_means(n_in, n_out), dtype=dtype, device=device)
 
 # %% ../../nbs/230_models.fusion.ipynb #62c99977
 def pool_like(

@@ -96,13 +96,14 @@ def write_card(
     *,
     name: str = '', # of the model; the folder's when empty
     license: str = '', # as the hub abbreviates it: apache-2.0, cc-by-4.0 …; none is said when empty
-    maps: bool = False # let the ONNX file give the map of each scale, too
+    maps: bool = False, # let the ONNX file give the map of each scale, too
+    images: str|Path|None = None # folder of images to compare it on; the validation images when not given
 ) -> Path: # the folder
     "Write a folder for the hub: model file, ONNX file, card and picture."
     out, run = Path(out), Several(Path(run)) if Several.is_one(run) else Run(Path(run))
     name = folder_name(name or out.name, 'a model')
     with atomic_folder(out) as tmp:
-        done = export(run.path, tmp/Path(run_files['onnx']).name, maps=maps)
+        done = export(run.path, tmp/Path(run_files['onnx']).name, maps=maps, images=images)
         shutil.copyfile(run.file('model'), tmp/run_files['model'])
         plot_confusion(run.preds).savefig(tmp/'confusion.png', dpi=95)
         (tmp/'README.md').write_text(card_text(run, name, done, license), encoding='utf-8')

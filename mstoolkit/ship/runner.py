@@ -6,10 +6,11 @@ Docs: https://mstoolkit.github.io/mstoolkit/ship.runner.html.md"""
 
 # %% auto #0
 __all__ = ['confidence_words', 'resize_told', 'runners', 'Prediction', 'answers', 'in_words', 'ShippedHeader', 'in_batches',
-           'NamesImages', 'Runner', 'needs_package', 'OnnxModel', 'OpenVinoModel', 'open_exported']
+           'NamesImages', 'Runner', 'needs_package', 'quiet_onnxruntime', 'OnnxModel', 'OpenVinoModel', 'open_exported']
 
 # %% ../../nbs/900_ship.runner.ipynb #a8a4bd76
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -53,8 +54,12 @@ def in_words(
 
 # %% ../../nbs/900_ship.runner.ipynb #4e7eca26
 resize_told = (
-    'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white; a JPEG '
-    'whose shorter side is at least 2, 4 or 8 times the size may be decoded at 1/2, 1/4 or 1/8). Resize to size x size, '
+    'Decode to upright 8-bit RGB (EXIF orientation applied, colour profile ignored, transparency over white). A JPEG, and '
+    'no other file, whose shorter side is at least 8, 4 or 2 times the size is decoded at 1/8, 1/4 or 1/2, the first of '
+    'these that applies, by libjpeg-turbo or as it does: averages of luma and chroma over k x k pixels (k = 8, 4 or 2), '
+    'rounded to 8 bits, counted from the corner where the file begins, before it is turned upright, its last '
+    'pixels repeated where a block is not whole. '
+    'Who decodes the whole and leaves this out moves probabilities by .1 and more. Then resize to size x size, '
     'whatever the shape: ky = max(1, height // size), kx = max(1, width // size); unless max(ky, kx) >= 3*min(ky, kx), '
     'both become the smaller; where one is above 1, average whole blocks of ky x kx pixels, without what is over, '
     'rounded to 8 bits; then bilinear interpolation with half-pixel centres, without antialiasing, rounded to 8 bits. '
@@ -163,6 +168,14 @@ def needs_package(
     "What says how to install a package."
     return ImportError(f"this needs the package {package}: pip install mstoolkit[{extra}] ({why})")
 
+def quiet_onnxruntime() -> Any: # the module
+    "onnxruntime with its telemetry off: from 1.29 on it would tell its maker of each model that is opened, its file's name too."
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1') # it reads this when it is imported
+    try: import onnxruntime
+    except ImportError as e: raise needs_package('onnxruntime', 'onnx', e) from e
+    onnxruntime.disable_telemetry_events() # somebody else may have imported it before
+    return onnxruntime
+
 def _unopened(file: str|Path, by: str, e: Exception) -> ValueError:
     return ValueError(f"{str(file)!r} cannot be opened by {by}: {(str(e).splitlines() or [''])[0][:200]}")
 
@@ -172,8 +185,7 @@ class OnnxModel(Runner):
         file: str|Path, # .onnx
         threads: int = 0 # processors to use; 0 leaves that to the runtime
     ):
-        try: import onnxruntime as ort
-        except ImportError as e: raise needs_package('onnxruntime', 'onnx', e) from e
+        ort = quiet_onnxruntime()
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no exported model {str(file)!r}")
         opts = ort.SessionOptions()
         opts.intra_op_num_threads, opts.log_severity_level = threads, 3

@@ -10,6 +10,7 @@ __all__ = ['open_to_serve', 'Limits', 'Batcher', 'Refused', 'multipart_files', '
 # %% ../../nbs/920_ship.serve.ipynb #db3f8073
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -26,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from ..core import file_digest
-from ..data.image import ImageError, image_header, pixels_of
+from ..core import counted, file_digest
+from ..data.image import ImageError, image_header, max_pixels, pixels_of
 from .runner import Runner, answers, in_words, open_exported, runners
 from .web import render_docs, render_page
 
 # %% ../../nbs/920_ship.serve.ipynb #76d60084
 def open_to_serve(
     model: str|Path, # an exported file (.onnx, or .xml of OpenVINO), a run folder, a model file or an address of the hub
-    threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
+    threads: int = 0 # processors to use; 0 leaves that to the runtime
 ) -> Runner:
     "Open a model in whichever form it is there."
     if str(model).startswith('hf:/'):
@@ -43,7 +44,8 @@ def open_to_serve(
     model = Path(model)
     if (xml := model/'model.xml').is_file(): model = xml # a folder that `export` wrote for OpenVINO
     if model.suffix in runners: return open_exported(model, threads)
-    if model.suffix in ('.pt2', '.web'):
+    web = (model/'index.html').is_file() and (model/'runtime').is_dir() # whatever it is called
+    if model.suffix in ('.pt2', '.web') or web:
         raise ValueError(f"{str(model)!r} is no model that a server opens: "
                          "give a run folder, a model file, an .onnx file or an OpenVINO folder")
     if not model.exists(): raise FileNotFoundError(f"there is no model {str(model)!r}")
@@ -53,10 +55,13 @@ def open_to_serve(
         if runner.header.version == file_digest(run_file(model, 'model')): return runner
         print(f"{file} was made from another model than lies beside it: torch serves that", file=sys.stderr, flush=True)
     from mstoolkit.classifier import Classifier
-    from mstoolkit.ship.export import TorchModel, no_maps, shipped_header
-    clf = Classifier.load(model)
-    maps = not no_maps(clf)
-    return TorchModel(clf, shipped_header(clf, model, maps), maps)
+    from mstoolkit.ship.export import ShippedNetwork, TorchModel, no_maps, shipped_header
+    net = ShippedNetwork(Classifier.load(model), maps=True)
+    net.maps = not no_maps(net)
+    if threads:
+        import torch
+        torch.set_num_threads(threads)
+    return TorchModel(net, shipped_header(net, model))
 
 # %% ../../nbs/920_ship.serve.ipynb #2a0bfb50
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,12 @@ class Limits:
             good = '0 or more' if f.name == 'wait_ms' else 'more than 0'
             if not (v >= 0 if f.name == 'wait_ms' else v > 0):
                 raise ValueError(f"--{f.name.replace('_', '-')} is {v}: give {good}")
+        if self.max_megapixels*1e6 > max_pixels:
+            raise ValueError(f"--max-megapixels is {self.max_megapixels:g}, and no picture of more than "
+                             f"{max_pixels/1e6:.0f} is read: give less")
+        if self.max_mb > self.max_waiting_mb:
+            raise ValueError(f"--max-mb is {self.max_mb:g}, and all requests together have {self.max_waiting_mb:g}: "
+                             "give less, or raise --max-waiting-mb")
 
 # %% ../../nbs/920_ship.serve.ipynb #a6344465
 class Batcher:
@@ -183,13 +194,14 @@ _unreadable = {'alien': 415, 'heic': 415, 'empty': 422, 'huge': 422, 'truncated'
 def decode_upload(
     data: bytes, # a file's content
     sizes: list[int], # that the model takes, in pixels
-    max_pixels: float # as its header says
+    most: float # pixels, as its header says
 ) -> list[np.ndarray]: # uint8 side×side×3 for each
     "An upload as the network takes it, or a `Refused` in the reader's words."
     try:
-        h = image_header(data)
-        if h.width*h.height > max_pixels:
-            raise ImageError(f"{h.width:,} × {h.height:,} pixels, and this server reads up to {max_pixels:,.0f}", 'huge')
+        h = image_header(data, math.inf)
+        if h.width*h.height > most:
+            raise ImageError(f"{h.width:,} × {h.height:,} pixels, and this server reads up to {most:,.0f} "
+                             "(--max-megapixels)", 'huge')
         return pixels_of(data, sizes)
     except ImageError as e: raise Refused(_unreadable.get(e.kind, 422), f"the picture cannot be read: {e}") from e
     # a header may be damaged in ways that its reader has no words for
@@ -226,20 +238,24 @@ class Service:
             raise Refused(401, 'this server asks for a token: Authorization: Bearer …', WWW_Authenticate='Bearer')
 
     def _busy(self) -> Refused:
-        return Refused(503, f'{self.waiting} pictures wait already: try again in a second', Retry_After='1')
+        return Refused(503, f"{counted(self.waiting, 'picture')} already waiting, of up to {self.limits.max_waiting} "
+                            '(--max-waiting): try again in a second', Retry_After='1')
 
     async def body(self,
         request # of Starlette
     ) -> bytearray:
         "A request's body, which counts as held until `release`."
         most, said = self.limits.max_mb*1e6, request.headers.get('content-length')
-        too_long = Refused(413, f'this server takes up to {self.limits.max_mb:g} MB in a request')
+        too_long = Refused(413, f'this server takes up to {self.limits.max_mb:g} MB in a request (--max-mb)')
         if said and said.isdecimal() and int(said) > most: raise too_long
         out = bytearray()
         try:
             async for chunk in request.stream():
                 if len(out) + len(chunk) > most: raise too_long
-                if self.held + len(chunk) > 1e6*self.limits.max_waiting_mb: raise self._busy()
+                if self.held + len(chunk) > 1e6*self.limits.max_waiting_mb:
+                    raise Refused(503, f'requests of {self.held/1e6:.0f} MB already waiting, of up to '
+                                       f'{self.limits.max_waiting_mb:g} MB (--max-waiting-mb): try again in a second',
+                                  Retry_After='1')
                 self.held += len(chunk)
                 out += chunk
         except BaseException:
@@ -271,8 +287,9 @@ class Service:
             size, kind = len(body), request.headers.get('content-type', '')
             files = multipart_files(bytes(body), kind) if kind.startswith('multipart/form-data') else [bytes(body)]
             if not files: raise Refused(422, 'there is no file in the form')
-            if len(files) > (most := self.limits.max_images):
-                raise Refused(413, f'this server takes up to {most} pictures in a request')
+            # a request of more than may wait would never find room
+            most, limit = min((self.limits.max_images, '--max-images'), (self.limits.max_waiting, '--max-waiting'))
+            if len(files) > most: raise Refused(413, f"this server takes up to {counted(most, 'picture')} in a request ({limit})")
             if self.waiting + len(files)-1 > self.limits.max_waiting and len(files) > 1: raise self._busy()
             self.waiting += len(files)-1
             n = len(files)
@@ -309,8 +326,8 @@ _about = dict(
     'in order: label, confidence, words for it, the most probable classes, and with maps=1, where the model has them, what '
     'each position of each scale added to the logit.')
 _answers = {
-    401: 'the access token is missing or wrong', 413: 'too many bytes or pictures', 415: 'not an image',
-    422: 'a picture that cannot be read',
+    401: 'the access token, which this server may ask for, is missing or wrong', 413: 'too many bytes or pictures', 415: 'not an image',
+    422: 'a picture, a form or a parameter that cannot be read', 500: 'a mistake of the server',
     503: 'too many pictures wait, or the answer took too long: try again after Retry-After seconds'}
 _files = dict(type='array', items=dict(type='string', format='binary'))
 _body = {'content': {'application/octet-stream': {'schema': dict(type='string', format='binary')},
@@ -324,9 +341,13 @@ def make_app(
 ): # a FastAPI app
     "The server, for uvicorn or any other that speaks ASGI."
     try:
-        from fastapi import FastAPI, Query, Request
+        from fastapi import Depends, FastAPI, Query, Request
+        from fastapi.exceptions import RequestValidationError
         from fastapi.responses import HTMLResponse, JSONResponse, Response
+        from fastapi.security import HTTPBearer
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        from pydantic import BaseModel
+        from starlette.exceptions import HTTPException
         from starlette.requests import ClientDisconnect
         import python_multipart # noqa: F401
     except ImportError as e: raise _lacking(e) from e
@@ -342,6 +363,30 @@ def make_app(
     safe = {'X-Content-Type-Options': 'nosniff', 'Cache-Control': 'no-store'}
 
     def refused(e: Refused) -> JSONResponse: return JSONResponse(dict(error=str(e)), e.status, {**safe, **e.headers})
+
+    class Error(BaseModel): # of every answer that is none
+        error: str
+
+    # what is refused before it comes to a function of ours
+    @app.exception_handler(HTTPException)
+    async def no_such_way(_, e):
+        headers = dict(e.headers or {})
+        if headers.get('Allow') == 'GET': headers['Allow'] = 'GET, HEAD'
+        why = {404: 'there is nothing at this address: / is the page, /docs says what else there is',
+               405: f"this address takes {headers.get('Allow')} alone"}.get(e.status_code, e.detail)
+        return refused(Refused(e.status_code, why, **headers))
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_parameter(request, e):
+        o = e.errors()[0]
+        out = Refused(422, f"{o['loc'][-1]} is {str(o['input'])[:40]!r}: {o['msg'].lower()}")
+        try: service.check_token(request.headers.get('authorization'))
+        except Refused as no_token: out = no_token
+        service.requests.labels(out.status).inc()
+        return refused(out)
+
+    @app.exception_handler(Exception)
+    async def mistake(_, e): return refused(Refused(500, f'a mistake of ours: {type(e).__name__}'))
 
     async def predict(request: Request, top: int = Query(5, ge=1, description='classes to name'),
                       maps: bool = Query(False, description='give the map of each scale, too')):
@@ -360,13 +405,16 @@ def make_app(
         if out.status_code in (413, 503): out.headers['Connection'] = 'close'
         return out
 
-    told = {k: dict(description=v) for k, v in _answers.items()}
-    app.post('/predict', openapi_extra=dict(requestBody=_body), responses=told, **_about)(predict) # type: ignore[arg-type]
+    told = {k: dict(description=v, model=Error) for k, v in _answers.items()}
+    # for the description alone: `check_token` is what refuses
+    guard = [Depends(HTTPBearer(auto_error=False, description='the access token'))] if service.token else []
+    about: dict[str, Any] = dict(openapi_extra=dict(requestBody=_body), responses=told, dependencies=guard, **_about)
+    app.add_api_route('/predict', predict, methods=['POST'], **about)
 
     @app.get('/healthz', summary='Whether it answers')
     async def healthz(): return JSONResponse(dict(status='ok', version=h.version, waiting=service.waiting), headers=safe)
 
-    @app.get('/metrics', summary='Counts for Prometheus')
+    @app.get('/metrics', summary='Counts for Prometheus', dependencies=guard, responses={401: told[401]})
     async def metrics(request: Request):
         try: service.check_token(request.headers.get('authorization'))
         except Refused as e: return refused(e)
@@ -384,6 +432,8 @@ def make_app(
         bare = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
         return HTMLResponse(ways, headers=html | {'Content-Security-Policy': bare})
 
+    read: dict[str, Callable] = {'/': index, '/docs': docs, '/healthz': healthz, '/metrics': metrics}
+    for path, f in read.items(): app.add_api_route(path, f, methods=['HEAD'], include_in_schema=False)
     return app
 
 # %% ../../nbs/920_ship.serve.ipynb #bf413efb
@@ -413,7 +463,7 @@ def serve(
     port: int = 8000, # 0 takes one that is free
     token: str = '', # that clients have to bring as a bearer token; none when empty
     limits: Limits = Limits(), # how much it takes on
-    threads: int = 0 # processors of an exported file's runtime; 0 leaves that to it
+    threads: int = 0 # processors to use; 0 leaves that to the runtime
 ):
     "Answer requests until a signal says to stop."
     try: import uvicorn

@@ -37,6 +37,9 @@ def render_page(
 ) -> tuple[str, str]: # HTML, and its content security policy
     "The page, in one file."
     h = header
+    # `benchmarks/ship.py paths --enlarge` measures it
+    apart = f" For a JPEG of {2*min(h.sizes)} px or more a probability may differ from Python's by some hundredths."
+    size = ' and '.join(map(str, h.sizes))
     facts = dict(classes=len(h.classes), calibrated=h.calibrated, words=confidence_words)
     if kind == 'web': facts |= dict(names=h.classes, sizes=h.sizes, strides=h.strides, model=model)
     env = Environment(loader=PackageLoader('mstoolkit'), autoescape=True)
@@ -51,7 +54,7 @@ def render_page(
     page = env.get_template('ship.html').render(
         kind=kind, token=token, policy=policy, script=script, title='What is in this picture?',
         intro=f"One of {counted(len(h.classes), 'class', 'classes')}: {some}", privacy=_privacy[kind],
-        facts=f"{h.network[:1].upper()}{h.network[1:]}, {' and '.join(map(str, h.sizes))} px, version {h.version}.")
+        facts=f"{h.network[:1].upper()}{h.network[1:]}, {size} px, version {h.version}.{apart if kind == 'web' else ''}")
     return page, policy
 
 # %% ../../nbs/905_ship.web.ipynb #e961e82c
