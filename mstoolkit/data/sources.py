@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Protocol
 
 from ..core import choice, counted, n_processes, natural_key, process_rank, write_text
 from ..recipe import PlainData, option
-from .tables import Stream, Tables, find_tables, image_there, in_memory, split_names_of, table_address, table_rows
+from .tables import Stream, Tables, find_tables, image_there, in_memory, split_names_of, table_rows
 
 # %% ../../nbs/160_data.sources.ipynb #96e91b1f
 class Table(Protocol):
@@ -225,7 +225,8 @@ class DataSource(PlainData):
         if not self.stream and (odd := given(('epoch_images', 'buffer'))):
             raise ValueError(f"{odd}={getattr(self, odd)} is said of a stream: give stream=True (--stream) too")
         if not self.stream: return
-        if in_memory(self.path): raise ValueError("a data set in memory is not streamed: leave stream out, or give the folder of its shards")
+        if in_memory(self.path):
+            raise ValueError("a data set in memory is not streamed: leave stream out, or give the folder of its shards")
         if odd := given(('folds', 'cache', 'cache_in', 'group', 'on_bad', 'valid_pct')):
             raise ValueError(f"{odd} looks at all images beforehand, and a stream is read as it comes: leave out {odd} or stream")
         if self.valid == 'none': raise ValueError("a stream holds no images out: name the validation split (valid=, --valid)")
@@ -580,7 +581,8 @@ def left_aside(
     "What a source holds for testing, which no training looks at."
     source = data_source(source)
     if source.tables:
-        held = [o for o in split_names_of(find_tables(source.path, split_of)) if split_of(o) == 'test' and o not in (source.train, source.valid)]
+        names = split_names_of(find_tables(source.path, split_of))
+        held = [o for o in names if split_of(o) == 'test' and o not in (source.train, source.valid)]
         return f"split {', '.join(map(repr, held))}" if held else ''
     if source.in_memory or source.csv:
         df = _read_table(source.csv if source.in_memory else source.file('csv') or source.csv)

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core import choice, counted
+from ..core import choice
 
 # %% ../../nbs/155_data.tables.ipynb #6bc350cb
 class TableImage(type(Path())): # type: ignore[misc]
@@ -274,7 +274,8 @@ def split_names_of(
     if tables.kind != 'hub': return list(tables.splits)
     datasets = _hf()
     try: return datasets.get_dataset_split_names(tables.where)
-    except Exception as e: raise FileNotFoundError(f"the data set {tables.where!r} is not here, and the hub does not give it: {_one_line(e)}") from e
+    except Exception as e:
+        raise FileNotFoundError(f"the data set {tables.where!r} is not here, and the hub does not give it: {_one_line(e)}") from e
 
 def _column(ds, name: str, inner: str = '') -> list: # a column, or a field of it, without touching the others
     import pyarrow.compute as pc
