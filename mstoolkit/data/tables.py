@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.tables.html.md"""
 # %% auto #0
 __all__ = ['Place', 'TableImage', 'open_image', 'find_tables', 'table_rows', 'Stream', 'write_shards']
 
-# %% ../../nbs/155_data.tables.ipynb #06fa31c1
+# %% ../../nbs/155_data.tables.ipynb #b6b791bd
 import json
 import os
 import random
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from ..core import choice
 
-# %% ../../nbs/155_data.tables.ipynb #6bc350cb
+# %% ../../nbs/155_data.tables.ipynb #a6fcba0b
 class TableImage(type(Path())): # type: ignore[misc]
     "An image that lies in a table: a path by name, which gives its bytes where it is opened."
     of: Any = None # what holds the bytes: has `image_bytes(row)`
@@ -55,7 +55,7 @@ def open_image(
     "Open an image for reading."
     return BytesIO(path.read_bytes()) if isinstance(path, TableImage) else open(path, 'rb')
 
-# %% ../../nbs/155_data.tables.ipynb #dfd0ec91
+# %% ../../nbs/155_data.tables.ipynb #5bc30ff3
 def image_there(
     path: str|Path # an image, whether it is a file or lies in a table
 ) -> bool:
@@ -79,7 +79,7 @@ class HeldBytes(bytes):
         "The image."
         return self
 
-# %% ../../nbs/155_data.tables.ipynb #6a3cc112
+# %% ../../nbs/155_data.tables.ipynb #93567f8e
 _kinds = {'.parquet': 'parquet', '.tar': 'webdataset'} # ending of a shard → what `datasets` calls its reader
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def table_address(
     m = re.match(r'(\w[\w+.-]+):/+(.+)', str(path))
     return f'{m[1]}://{m[2]}' if m and m[1] != 'file' else ''
 
-# %% ../../nbs/155_data.tables.ipynb #e9fcbbbe
+# %% ../../nbs/155_data.tables.ipynb #9b399c86
 def find_tables(
     data: Any, # folder, file, address, name on the hub, or a data set in memory
     split_of: Callable # split that a word stands for; `None`: it is no name of a split
@@ -130,7 +130,7 @@ def find_tables(
     raise FileNotFoundError(f"there is no folder, file or data set {str(data)!r}: give tables on this machine, an address such as "
                             "s3://BUCKET/FOLDER, or OWNER/NAME on the Hugging Face hub")
 
-# %% ../../nbs/155_data.tables.ipynb #afb97299
+# %% ../../nbs/155_data.tables.ipynb #4882cf0d
 def _listed(address: str) -> list[str]: # addresses of files
     "What lies at an address."
     import fsspec
@@ -163,7 +163,7 @@ def _shard_tables(where: str, files: list[str], split_of: Callable) -> Tables:
         splits.setdefault(next((w for w in words if split_of(w)), 'train'), []).append(o)
     return Tables(where, kind, splits)
 
-# %% ../../nbs/155_data.tables.ipynb #de011cad
+# %% ../../nbs/155_data.tables.ipynb #88a00513
 _label_names = 'label', 'labels', 'class', 'cls', 'category', 'target' # of columns
 
 def _is_image(f) -> bool: return type(f).__name__ == 'Image'
@@ -221,7 +221,7 @@ def find_columns(
 
 def _told(f) -> str: return _dtype(f) or type(f).__name__.lower()
 
-# %% ../../nbs/155_data.tables.ipynb #4e7efdb6
+# %% ../../nbs/155_data.tables.ipynb #b588fd2d
 class _Rows:
     "The images of a split, by number."
     def __init__(self, ds, column: str): self.ds, self.column = ds.with_format('arrow'), column
@@ -290,7 +290,7 @@ def _paths(ds, column: str) -> list: # that the rows give; `None` where they giv
     if pa.types.is_struct(kind) and kind.get_field_index('path') >= 0: return _column(ds, column, 'path')
     return _column(ds, '__key__') if '__key__' in ds.column_names else [None]*len(ds)
 
-# %% ../../nbs/155_data.tables.ipynb #c7cb91cb
+# %% ../../nbs/155_data.tables.ipynb #0b6de98b
 def table_rows(
     tables: Tables, # from `find_tables`
     splits: list[str], # names of splits, in the order of the answer
@@ -316,10 +316,10 @@ def table_rows(
         out.append([(TableImage(root/o, rows, i), l, g) for i, (o, l, g) in enumerate(zip(names, labels, groups))])
     return out
 
-# %% ../../nbs/155_data.tables.ipynb #037bc6df
+# %% ../../nbs/155_data.tables.ipynb #727430c9
 def _where(tables: Tables) -> str: return 'the data set' if tables.kind == 'memory' else str(tables.where)
 
-# %% ../../nbs/155_data.tables.ipynb #64ac301b
+# %% ../../nbs/155_data.tables.ipynb #bd27c67b
 def _parquet_rows(f, start: int, columns: list[str]) -> Iterator[dict]:
     "The rows of a Parquet file from one on; groups of rows before it are not read."
     import pyarrow.parquet as pq
@@ -362,7 +362,7 @@ def _tar_rows(f, start: int, columns: list[str]) -> Iterator[dict]:
         word = s[label].decode(errors='replace').strip()
         yield {image: dict(bytes=s[image], path=f"{s['__key__']}.{image}"), label: int(word) if word.isdecimal() else word}
 
-# %% ../../nbs/155_data.tables.ipynb #022414bb
+# %% ../../nbs/155_data.tables.ipynb #b74832ba
 _readers = dict(parquet=_parquet_rows, saved=_arrow_rows, webdataset=_tar_rows)
 
 def _shard_features(tables: Tables, shard: str) -> dict:
@@ -383,7 +383,7 @@ def _shard_features(tables: Tables, shard: str) -> dict:
 
 _image_ends = 'jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif', 'heic', 'ppm' # of the files of a tar
 
-# %% ../../nbs/155_data.tables.ipynb #286fdc1c
+# %% ../../nbs/155_data.tables.ipynb #548cdb1e
 Place = tuple[int, int, int] # pass, number of the shard in this pass, row of the shard that comes next
 
 class Stream:
@@ -513,7 +513,7 @@ class Stream:
         k, j, row = place
         self.place = self.reached = (k, j, row) if processes == self.processes else (k, j*processes//self.processes, 0)
 
-# %% ../../nbs/155_data.tables.ipynb #aaff4287
+# %% ../../nbs/155_data.tables.ipynb #9b73e57e
 _group_bytes = 16 << 20 # of a group of rows, which is what a reader takes at once
 
 def _parts(sizes: list[int], most: int) -> list[slice]: # of shards
@@ -562,7 +562,7 @@ def _check_shard(file: Path, said: list[int]):
         found = [hash((o['image']['bytes'], o['image']['path'], o['label'])) for o in _parquet_rows(f, 0, ['image', 'label'])]
     if found != said: raise OSError(f"the shard {file.name!r} does not hold what was written: is the disk failing?")
 
-# %% ../../nbs/155_data.tables.ipynb #83756f97
+# %% ../../nbs/155_data.tables.ipynb #27e54f4d
 def write_shards(
     splits: dict, # name → (image, its name, label, group) of each row; label '' where there is none
     names: list[str], # of the classes
