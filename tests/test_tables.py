@@ -273,7 +273,7 @@ def numbered(tmp_path_factory):
 
 class Seen(Callback):
     "Writes down which images each training batch has; ends the process where it is told to."
-    def __init__(self, file, kill_at=0): self.file, self.kill_at, self.n = file, kill_at, 0
+    def __init__(self, file, kill_at=0, gently=False): self.file, self.kill_at, self.gently, self.n = file, kill_at, gently, 0
     def before_batch(self):
         if not self.training: return
         x = self.xb[0].as_subclass(torch.Tensor)
@@ -281,29 +281,37 @@ class Seen(Callback):
         shown = tfm.decodes(x)[:, 0, 0, 0]
         with open(self.file, 'a') as f: f.write(f"{self.epoch} {' '.join(str((number(o) - 1)//2) for o in shown)}\n")
         self.n += 1
+        if self.n == self.kill_at and self.gently: raise KeyboardInterrupt
         if self.n == self.kill_at: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(run, data, workers, kill_at=0, gently=False):
+    "Four epochs of 24 images, or what is left of them."
+    from mstoolkit.core import process_rank
+    from mstoolkit.train import resume_run
+    seen = Seen(f'{run}.seen{process_rank()}', kill_at, gently)
+    r = Recipe.from_dict(dict(name='s', head='plain', backbone='test_resnet', pretrained=False, size=32, epochs=4, bs=4, num_workers=workers,
+                              augment='none', cutmix=0., device='cpu', schedule='constant', precision='fp32', plateau_patience=-1, stop_patience=0,
+                              memory_format='contiguous', compile='off'))
+    if run_file(run, 'state').exists(): resume_run(run, cbs=[seen])
+    else: train(r, data, run, cbs=[seen], data_format='hf', stream=True, epoch_images=24, buffer=6)
 
 
 SCRIPT = '''
 import sys
 sys.path.insert(0, {tests!r})
-from test_tables import Seen
-from mstoolkit.core import process_rank
-from mstoolkit.recipe import Recipe
-from mstoolkit.train import resume_run, train
 from pathlib import Path
-run, data, workers, kill_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-seen = Seen(f"{{run}}.seen{{process_rank()}}", kill_at)
-r = Recipe.from_dict(dict(name='s', head='plain', backbone='test_resnet', pretrained=False, size=32, epochs=4, bs=4, num_workers=workers,
-                          augment='none', cutmix=0., device='cpu', schedule='constant', precision='fp32', plateau_patience=-1, stop_patience=0,
-                          memory_format='contiguous', compile='off'))
-if (run/'checkpoint').exists(): resume_run(run, cbs=[seen])
-else: train(r, data, run, cbs=[seen], data_format='hf', stream=True, epoch_images=24, buffer=6)
+from test_tables import fit
+if __name__ == '__main__': fit(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
 '''
 
 
-def go(tmp_path, run, data, workers, *, processes=1, kill_at=0):
-    "Train in processes of their own, which may be killed."
+def go(tmp_path, run, data, workers, *, processes=1, kill_at=0, gently=False):
+    "Train, in processes of their own, which may be killed, or here."
+    if gently:
+        try: fit(run, data, workers, kill_at, gently)
+        except KeyboardInterrupt: assert kill_at
+        return
     script = tmp_path/'go.py'
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     args = [str(script), str(run), str(data), str(workers), str(kill_at)]
@@ -312,7 +320,6 @@ def go(tmp_path, run, data, workers, *, processes=1, kill_at=0):
     done = subprocess.run([sys.executable, *launch, *args], capture_output=True, text=True, timeout=900,
                           env=os.environ | dict(OMP_NUM_THREADS='1', HF_DATASETS_CACHE=str(tmp_path/'cache'), HF_HUB_OFFLINE='1'))
     assert (done.returncode == 0) == (not kill_at), done.stderr[-3000:]
-    return done
 
 
 def seen_of(run, rank=0): # what was seen in each epoch, as the last run of that epoch has it
@@ -323,12 +330,13 @@ def seen_of(run, rank=0): # what was seen in each epoch, as the last run of that
     return {e: [i for b in batches[-6:] for i in b] for e, batches in out.items()} # six batches an epoch
 
 
-@pytest.mark.parametrize('data, workers, processes', [('shards', 0, 1), ('shards', 3, 1), ('one', 1, 1), ('shards', 1, 2), ('one', 0, 2)])
-def test_killed_twice_a_stream_shows_what_it_would_have_shown(data, workers, processes, numbered, tmp_path):
-    at = numbered/data
-    go(tmp_path, tmp_path/'whole', at, workers, processes=processes)
-    for kill_at in (8, 9): go(tmp_path, tmp_path/'cut', at, workers, processes=processes, kill_at=kill_at)
-    go(tmp_path, tmp_path/'cut', at, workers, processes=processes)
+@pytest.mark.parametrize('data, workers, processes, gently', [('shards', 0, 1, True), ('one', 1, 1, True), ('shards', 3, 1, False), ('shards', 1, 2, False),
+                                                              ('one', 0, 2, False)])
+def test_ended_twice_a_stream_shows_what_it_would_have_shown(data, workers, processes, gently, numbered, tmp_path):
+    at, how = numbered/data, dict(processes=processes, gently=gently)
+    go(tmp_path, tmp_path/'whole', at, workers, **how)
+    for kill_at in (8, 9): go(tmp_path, tmp_path/'cut', at, workers, kill_at=kill_at, **how)
+    go(tmp_path, tmp_path/'cut', at, workers, **how)
     for rank in range(processes):
         whole, cut = seen_of(tmp_path/'whole', rank), seen_of(tmp_path/'cut', rank)
         assert len(whole) == 4 and cut == whole
@@ -393,12 +401,21 @@ def test_streams_of_tars_and_saved_tables(image_folder, tmp_path):
         kw = dict(size=32, bs=4, num_workers=0, augment='none', device='cpu', data_format='hf', stream=True, classes=str(tmp_path/'names.txt'))
         with pytest.raises(ValueError, match='epoch_images'): image_dls(tmp_path/where, **kw)
         dls = image_dls(tmp_path/where, epoch_images=24, **kw)
+        assert list(dls.vocab) == ['2', '10', 'red apple']
         labels = [y for _, ys in dls.train for y in ys.tolist()]
         assert sorted(labels) == [0]*8 + [1]*8 + [2]*8
         place = stream_of(dls).place
         s = stream_of(image_dls(tmp_path/where, epoch_images=24, **kw))
         s.take_up(place, 1)
         assert [o[0].read_bytes() for o in s.epoch(1, 5)] == [o[0].read_bytes() for o in stream_of(dls).epoch(1, 5)]
+    for i in range(2): # numbers stand for the names of the list
+        part = va.select(range(6*i, 6*i + 6))
+        write_tar(tmp_path/'t'/f'train-{i}.tar', [o['image']['bytes'] for o in raw(part)], [dls.vocab.o2i[o] for o in part['label']], 6*i)
+    (tmp_path/'names.txt').write_text('two\nten\napple\n')
+    write_tar(tmp_path/'t'/'val-0.tar', [o['image']['bytes'] for o in raw(va)], [dls.vocab.o2i[o] for o in va['label']])
+    dls = image_dls(tmp_path/'t', epoch_images=12, **kw)
+    assert list(dls.vocab) == ['two', 'ten', 'apple'] and sorted(y for _, ys in dls.train for y in ys.tolist()) == [0]*4 + [1]*4 + [2]*4
+    assert [o.label for o in dls.valid_ds.items] == ['apple']*4 + ['ten']*4 + ['two']*4
     cut = tmp_path/'t'/'train-0.tar'
     cut.write_bytes(cut.read_bytes()[:-9000])
     with pytest.raises(ValueError, match="train-0.tar' cannot be read, as if it were cut off"):

@@ -527,9 +527,15 @@ def stream_samples(
                          "name one (valid=, --valid)")
     s = Stream(tables, train, source.root, n=source.epoch_images, buffer=source.buffer, seed=seed, rank=process_rank(),
                processes=n_processes(), image=source.image_column, label=source.label_column)
-    names = listed_classes(source.file('classes') or source.classes) or sorted(s.classes or s.labels(), key=natural_key)
+    classes = source.file('classes') or source.classes
+    listed = listed_classes(classes)
+    names = listed or sorted(s.classes or s.labels(), key=natural_key)
+    if listed and not all(o.isdecimal() for o in names): # labels that are numbers are meant by them
+        numbers = _listed_numbers(classes) if isinstance(classes, (str, Path)) else None
+        s.named = {str(k): o for k, o in (numbers or dict(enumerate(names))).items()}
     if len(names) < 2: raise ValueError(f"there is only one class, {', '.join(names)!r}: a classifier needs two classes or more")
     s.classes, [held] = frozenset(names), table_images(source, [valid])
+    held = [replace(o, label=s.named.get(o.label, o.label)) for o in held]
     if bad := next((o for o in held if o.label not in names), None):
         raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and none of the {len(names)} classes of the stream")
     return names, s, held

@@ -236,7 +236,7 @@ def _cell_bytes(v: Any) -> bytes: # of an image column
         with open(v['path'], 'rb') as f: return f.read()
     return v or b''
 
-def _load(tables: Tables, split: str):
+def _load(tables: Tables, split: str, image: str, label: str|None):
     "A split, mapped into memory."
     if tables.kind == 'memory': return tables.splits[split]
     datasets = _hf()
@@ -247,6 +247,7 @@ def _load(tables: Tables, split: str):
             ds = datasets.load_from_disk(tables.where)
             return ds[split] if hasattr(ds, 'items') else ds
         if tables.kind == 'hub': return datasets.load_dataset(tables.where, split=split)
+        if tables.kind == 'webdataset': return _tar_table(tables, split, image, label)
         return datasets.load_dataset(tables.kind, data_files={split: tables.splits[split]}, split=split)
     except Exception as e:
         raise ValueError(f"the split {split!r} of {str(tables.where)!r} cannot be read: {_one_line(e)}; a shard may be cut off") from e
@@ -301,7 +302,7 @@ def table_rows(
     group: str = ''
 ) -> list[list[tuple]]: # of each split: (image, label, group) of each row
     "The rows of splits; images are opened when they are needed."
-    loaded, out = [(k, _load(tables, k)) for k in splits], []
+    loaded, out = [(k, _load(tables, k, image, label)) for k in splits], []
     cols = [find_columns(ds.features, _where(tables), image=image, label=label, group=group) for _, ds in loaded]
     each = [_paths(ds, c.image) for (_, ds), c in zip(loaded, cols)]
     plain = lambda o: bool(o) and '\0' not in o and '..' not in Path(o).parts
@@ -360,9 +361,27 @@ def _tar_rows(f, start: int, columns: list[str]) -> Iterator[dict]:
     for s in islice(_tar_samples(f), start, None):
         if image not in s or label not in s: raise ValueError(f"{s['__key__']!r} has no .{image if image not in s else label}")
         word = s[label].decode(errors='replace').strip()
-        yield {image: dict(bytes=s[image], path=f"{s['__key__']}.{image}"), label: int(word) if word.isdecimal() else word}
+        yield {image: dict(bytes=s[image], path=f"{s['__key__']}.{image}"), label: word}
 
 # %% ../../nbs/155_data.tables.ipynb #b74832ba
+def _tar_cells(shards: list, image: str, label: str) -> Iterator[dict]: # rows of all shards, each with its stamp
+    for shard, _ in shards:
+        with _opened(shard) as f:
+            for o in _tar_samples(f):
+                if image not in o or label and label not in o:
+                    raise ValueError(f"{o['__key__']!r} of {shard!r} has no .{image if image not in o else label}")
+                own = {label: o[label].decode(errors='replace').strip()} if label else {}
+                yield {image: dict(bytes=o[image], path=f"{o['__key__']}.{image}")} | own
+
+def _tar_table(tables: Tables, split: str, image: str, label: str|None):
+    "Tars as a table; the reader of `datasets` takes no labels that are text."
+    datasets, shards = _hf(), tables.splits[split]
+    c = find_columns(_shard_features(tables, shards[0]), _where(tables), image=image, label=label)
+    features = {c.image: datasets.Image()} | ({c.label: datasets.Value('string')} if c.label else {})
+    stamped = [(o, '' if table_address(o) else image_stamp(o)) for o in shards] # a shard that has changed is read again
+    return datasets.Dataset.from_generator(_tar_cells, features=datasets.Features(features), split=split,
+                                           gen_kwargs=dict(shards=stamped, image=c.image, label=c.label))
+
 _readers = dict(parquet=_parquet_rows, saved=_arrow_rows, webdataset=_tar_rows)
 
 def _shard_features(tables: Tables, shard: str) -> dict:
@@ -410,6 +429,7 @@ class Stream:
         self.place: Place = (0, 0, 0) # where the next epoch begins
         self.reached = self.place # where the epoch at hand ends
         self.classes: frozenset = frozenset(self.columns.names) # that a label may name; any, where it is empty
+        self.named: dict = {} # number → class, where labels are numbers in a list of classes
         self._head: list = []
 
     def __len__(self): return self.n
@@ -445,6 +465,7 @@ class Stream:
                     path = cell.get('path') if isinstance(cell, dict) else None
                     called = self.root/(path or f'{name}/{i}')
                     label = c.text(row[c.label], f'row {i} of {name}')
+                    label = self.named.get(label, label)
                     if self.classes and label not in self.classes:
                         raise ValueError(f"row {i} of {name} has the label {label!r}, which is none of the {len(self.classes)} classes")
                     yield TableImage(called, HeldBytes(_cell_bytes(cell))), label
