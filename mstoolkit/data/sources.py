@@ -530,7 +530,7 @@ def stream_samples(
     classes = source.file('classes') or source.classes
     listed = listed_classes(classes)
     names = listed or sorted(s.classes or s.labels(), key=natural_key)
-    if listed and not all(o.isdecimal() for o in names): # labels that are numbers are meant by them
+    if listed and not any(o.isdecimal() for o in names): # labels that are numbers stand for them
         numbers = _listed_numbers(classes) if isinstance(classes, (str, Path)) else None
         s.named = {str(k): o for k, o in (numbers or dict(enumerate(names))).items()}
     if len(names) < 2: raise ValueError(f"there is only one class, {', '.join(names)!r}: a classifier needs two classes or more")
