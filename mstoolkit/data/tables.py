@@ -359,7 +359,7 @@ def _tar_rows(f, start: int, columns: list[str]) -> Iterator[dict]:
     "The same, as rows; a tar has to be read from its beginning."
     image, label = columns[:2]
     for s in islice(_tar_samples(f), start, None):
-        if image not in s or label not in s: raise ValueError(f"{s['__key__']!r} has no .{image if image not in s else label}")
+        if image not in s or label not in s: raise tarfile.ReadError(f"{s['__key__']!r} has no .{image if image not in s else label}")
         word = s[label].decode(errors='replace').strip()
         yield {image: dict(bytes=s[image], path=f"{s['__key__']}.{image}"), label: word}
 
@@ -369,7 +369,7 @@ def _tar_cells(shards: list, image: str, label: str) -> Iterator[dict]: # rows o
         with _opened(shard) as f:
             for o in _tar_samples(f):
                 if image not in o or label and label not in o:
-                    raise ValueError(f"{o['__key__']!r} of {shard!r} has no .{image if image not in o else label}")
+                    raise tarfile.ReadError(f"{o['__key__']!r} of {shard!r} has no .{image if image not in o else label}")
                 own = {label: o[label].decode(errors='replace').strip()} if label else {}
                 yield {image: dict(bytes=o[image], path=f"{o['__key__']}.{image}")} | own
 
