@@ -86,14 +86,17 @@ def predict_probs(
 def _images_to_predict(folder: str|Path|DataSource, split: str) -> tuple[Path, list[Path]]: # what names are relative to; sorted by name
     "The images of a folder, or of a split of tables."
     if not isinstance(folder, DataSource) or not folder.tables:
-        if split: raise ValueError(f"split={split!r} names a split of tables: give data_format='hf' (--data-format hf) too")
+        if split:
+            raise ValueError(f"split={split!r} names a split of tables: give data_format='hf' (--data-format hf) too")
         root = folder.root if isinstance(folder, DataSource) else Path(folder)
         files = image_files(root)
     else:
         root, names = folder.root, split_names_of(find_tables(folder.path, split_of))
         usual = [o for o in names if split_of(o) == 'test'] or names
         if split: usual = [choice(split, names, 'split')]
-        if len(usual) > 1: raise ValueError(f"{folder.path!r} has the splits {', '.join(names)}: say which is to be predicted (--split)")
+        if len(usual) > 1:
+            raise ValueError(f"{folder.path!r} has the splits {', '.join(names)}: say which is to be predicted "
+                             "(--split)")
         files = [s.path for s in table_images(folder, usual, labelled=False)[0]]
         if not files: raise ValueError(f"the split {usual[0]!r} of {folder.path!r} has no rows")
     return root, sorted(files, key=lambda f: (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix())

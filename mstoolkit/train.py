@@ -114,7 +114,8 @@ def recipe_learner(
     cbs: list = [Distributed(sync_bn=r.sync_bn)] if n_processes() > 1 else []
     if stream_of(dls):
         if odd := next((o for o in ('probe', 'keep_maps') if getattr(r, o)), 'balance' if r.balance != 'none' else ''):
-            raise ValueError(f"recipe field {odd!r} looks at all training images beforehand, and a stream is read as it comes: "
+            raise ValueError(f"recipe field {odd!r} looks at all training images beforehand, and a stream is read as "
+                             "it comes: "
                              "leave one of them out")
         cbs.append(StreamPlace())
     if r.cutmix + r.mixup:

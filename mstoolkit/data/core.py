@@ -311,7 +311,8 @@ class StreamedImages(GetAttr):
 class StreamDL(ImageDL):
     "An `ImageDL` whose images come from shards, one after the other, and go through a buffer that shuffles them."
     def _chunks(self, idxs):
-        if self.after_item.fs or self.before_batch.fs: raise ValueError("a stream takes no transforms of items: give those of batches")
+        if self.after_item.fs or self.before_batch.fs:
+            raise ValueError("a stream takes no transforms of items: give those of batches")
         some = list(chunked(idxs, self.bs, self.drop_last))
         images = self.dataset.stream.epoch(self._seed, sum(map(len, some)))
         return ([(i, Sample(*next(images))) for i in o] for o in some)

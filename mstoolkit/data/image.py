@@ -287,7 +287,8 @@ def read_image(
     "Read an image file, or raise an `ImageError` that names it and says what is wrong."
     try:
         # to open a named pipe would wait for ever
-        if not isinstance(path, TableImage) and not stat.S_ISREG(os.stat(path).st_mode): raise ImageError("not a file", 'alien')
+        if not isinstance(path, TableImage) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageError("not a file", 'alien')
         with open_image(path) as f:
             head = f.read(64)
             # raises before a huge file that is no image is read whole

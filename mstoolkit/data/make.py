@@ -317,6 +317,7 @@ def pack_images(
     need = sum(os.path.getsize(row[0]) for rows in splits.values() for row in rows)
     there = next(p for p in out.absolute().parents if p.exists())
     if (free := shutil.disk_usage(there).free) < 1.02*need:
-        raise OSError(f"the shards take {need/1e9:.1f} GB and the disk of {str(out)!r} has {free/1e9:.1f} GB free: give another folder")
+        raise OSError(f"the shards take {need/1e9:.1f} GB and the disk of {str(out)!r} has {free/1e9:.1f} GB free: "
+                      "give another folder")
     with atomic_folder(out) as tmp: write_shards(splits, names, tmp, shard_mb=shard_mb, seed=seed)
     return {k: len(rows) for k, rows in splits.items()}

@@ -197,7 +197,8 @@ class DataSource(PlainData):
 
     def _check_together(self):
         "Refuse what contradicts itself, and choices that would have no effect."
-        if isinstance(self.path, str) and not self.path: raise ValueError("a data source needs the folder that the images are in")
+        if isinstance(self.path, str) and not self.path:
+            raise ValueError("a data source needs the folder that the images are in")
         self._check_tables()
         if self.in_memory or self.csv:
             if self.train != 'train':
@@ -219,7 +220,8 @@ class DataSource(PlainData):
         "What images in tables, and streams of them, go with."
         given = lambda names: next((o for o in names if getattr(self, o) != next(f for f in fields(self) if f.name == o).default), None)
         if not self.tables and (odd := given(('image_column', 'label_column', 'stream'))):
-            raise ValueError(f"{odd}={getattr(self, odd)!r} is said of images in tables: give data_format='hf' (--data-format hf) too")
+            raise ValueError(f"{odd}={getattr(self, odd)!r} is said of images in tables: give data_format='hf' "
+                             "(--data-format hf) too")
         if self.tables and (self.in_memory or self.csv):
             raise ValueError("data_format='hf' and csv both say what the labels are: give one of them")
         if not self.stream and (odd := given(('epoch_images', 'buffer'))):
@@ -228,8 +230,10 @@ class DataSource(PlainData):
         if in_memory(self.path):
             raise ValueError("a data set in memory is not streamed: leave stream out, or give the folder of its shards")
         if odd := given(('folds', 'cache', 'cache_in', 'group', 'on_bad', 'valid_pct')):
-            raise ValueError(f"{odd} looks at all images beforehand, and a stream is read as it comes: leave out {odd} or stream")
-        if self.valid == 'none': raise ValueError("a stream holds no images out: name the validation split (valid=, --valid)")
+            raise ValueError(f"{odd} looks at all images beforehand, and a stream is read as it comes: leave out "
+                             f"{odd} or stream")
+        if self.valid == 'none':
+            raise ValueError("a stream holds no images out: name the validation split (valid=, --valid)")
 
     def resolved(self) -> 'DataSource': # the same source from any working directory
         "The source with absolute paths."
@@ -268,7 +272,8 @@ class DataSource(PlainData):
         "Write what is in memory, a table or class names, to files in `folder`: `data.toml` can then say it all."
         here, folder = {}, Path(folder).resolve()
         if in_memory(self.path):
-            raise ValueError("a data set in memory is not found again by a run that is resumed: write it with save_to_disk('FOLDER'), "
+            raise ValueError("a data set in memory is not found again by a run that is resumed: write it with "
+                             "save_to_disk('FOLDER'), "
                              "and train on 'FOLDER' with data_format='hf'")
         if self.in_memory: here['csv'] = str(write_text(folder/kept_files['csv'], self.csv.to_csv(index=False)))
         if isinstance(self.classes, tuple):
@@ -495,7 +500,8 @@ def _splits_of(
         if name in names: return name
         found = [o for o in names if split_of(o) == what] if name == usual else []
         if len(found) > 1:
-            raise ValueError(f"{' and '.join(map(repr, found))} are both names of a {what} split: name the one that is meant")
+            raise ValueError(f"{' and '.join(map(repr, found))} are both names of a {what} split: name the one that "
+                             "is meant")
         return found[0] if found else ''
     train, valid = pick(source.train, 'train', 'train'), pick(source.valid, 'val', 'valid')
     for name, found in (source.train, train), (source.valid, valid):
@@ -523,7 +529,8 @@ def stream_samples(
     "A stream of training images, and what it is validated on."
     tables, train, valid = _splits_of(source)
     if not valid:
-        raise ValueError(f"a stream needs a split to be validated on, and {source.path!r} has {', '.join(split_names_of(tables))}: "
+        raise ValueError(f"a stream needs a split to be validated on, and {source.path!r} has "
+                         f"{', '.join(split_names_of(tables))}: "
                          "name one (valid=, --valid)")
     s = Stream(tables, train, source.root, n=source.epoch_images, buffer=source.buffer, seed=seed, rank=process_rank(),
                processes=n_processes(), image=source.image_column, label=source.label_column)
@@ -533,11 +540,13 @@ def stream_samples(
     if listed and not any(o.isdecimal() for o in names): # labels that are numbers stand for them
         numbers = _listed_numbers(classes) if isinstance(classes, (str, Path)) else None
         s.named = {str(k): o for k, o in (numbers or dict(enumerate(names))).items()}
-    if len(names) < 2: raise ValueError(f"there is only one class, {', '.join(names)!r}: a classifier needs two classes or more")
+    if len(names) < 2:
+        raise ValueError(f"there is only one class, {', '.join(names)!r}: a classifier needs two classes or more")
     s.classes, [held] = frozenset(names), table_images(source, [valid])
     held = [replace(o, label=s.named.get(o.label, o.label)) for o in held]
     if bad := next((o for o in held if o.label not in names), None):
-        raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and none of the {len(names)} classes of the stream")
+        raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and none of the {len(names)} "
+                         "classes of the stream")
     return names, s, held
 
 def images_named(

@@ -97,7 +97,8 @@ def in_memory(
 
 def _hf(): # the package
     try: import datasets
-    except ImportError as e: raise ImportError(f"tables of images need the package datasets: pip install mstoolkit[hf] ({e})") from e
+    except ImportError as e:
+        raise ImportError(f"tables of images need the package datasets: pip install mstoolkit[hf] ({e})") from e
     if not sys.stderr.isatty(): datasets.disable_progress_bars()
     return datasets
 
@@ -127,8 +128,8 @@ def find_tables(
         found = [str(o) for o in sorted(path.rglob('*')) if o.is_file() and not o.name.startswith('.')]
         return _shard_tables(str(path), found, split_of)
     if re.fullmatch(r'[\w.-]+/[\w.-]+', str(data)): return Tables(str(data), 'hub')
-    raise FileNotFoundError(f"there is no folder, file or data set {str(data)!r}: give tables on this machine, an address such as "
-                            "s3://BUCKET/FOLDER, or OWNER/NAME on the Hugging Face hub")
+    raise FileNotFoundError(f"there is no folder, file or data set {str(data)!r}: give tables on this machine, an "
+                            "address such as s3://BUCKET/FOLDER, or OWNER/NAME on the Hugging Face hub")
 
 # %% ../../nbs/155_data.tables.ipynb #4882cf0d
 def _listed(address: str) -> list[str]: # addresses of files
@@ -153,7 +154,8 @@ def _saved_tables(path: Path) -> Tables:
 def _shard_tables(where: str, files: list[str], split_of: Callable) -> Tables:
     "Shards by split, in the order of their names."
     kinds = Counter(_kinds[end] for o in files if (end := os.path.splitext(o)[1].lower()) in _kinds)
-    if not kinds: raise ValueError(f"there is no table in {where!r}: shards end in {' or '.join(_kinds)}, and a folder of save_to_disk "
+    if not kinds:
+        raise ValueError(f"there is no table in {where!r}: shards end in {' or '.join(_kinds)}, and a folder of save_to_disk "
                                    "has a dataset_info.json")
     if len(kinds) > 1: raise ValueError(f"{where!r} holds Parquet files and tars: give a folder of one kind")
     kind, splits = next(iter(kinds)), {}
@@ -199,25 +201,29 @@ def find_columns(
     named = [k for k, f in features.items() if _is_image(f)] or [k for k, f in features.items() if holds(f)]
     if image: choice(image, features, f'column of {where!r}:')
     elif len(named) != 1:
-        raise ValueError(f"{where!r} has {'no column' if not named else 'the columns ' + ', '.join(map(repr, named))} of images, and "
-                         f"{', '.join(map(repr, features))} in all: name the one that is meant (image_column, --image-column)")
+        raise _which(where, features, named, 'image')
     image = image or named[0]
-    if not holds(features[image]): raise ValueError(f"column {image!r} of {where!r} holds {_told(features[image])}, and no images")
+    if not holds(features[image]):
+        raise ValueError(f"column {image!r} of {where!r} holds {_told(features[image])}, and no images")
     if group: choice(group, features, f'column of {where!r}:')
     if label is None: return Columns(image, '', group)
     classes = [k for k, f in features.items() if type(f).__name__ == 'ClassLabel']
     likely = classes or [k for k in features if k.lower() in _label_names]
     if label: choice(label, features, f'column of {where!r}:')
     elif len(likely) != 1:
-        raise ValueError(f"{where!r} has {'no column' if not likely else 'the columns ' + ', '.join(map(repr, likely))} of labels, and "
-                         f"{', '.join(map(repr, features))} in all: name the one that is meant (label_column, --label-column)")
+        raise _which(where, features, likely, 'label')
     label = label or likely[0]
     f = features[label]
     if type(f).__name__ == 'ClassLabel': return Columns(image, label, group, tuple(f.names))
     if not re.fullmatch(r'(large_)?string|u?int\d+', _dtype(f)):
-        raise ValueError(f"column {label!r} of {where!r} holds {_told(f)}: labels are class labels, text or whole numbers; name another "
-                         "column (label_column, --label-column)")
+        raise ValueError(f"column {label!r} of {where!r} holds {_told(f)}: labels are class labels, text or whole "
+                         "numbers; name another column (label_column, --label-column)")
     return Columns(image, label, group)
+
+def _which(where: Any, features: dict, found: list, what: str) -> ValueError:
+    few = f"the columns {', '.join(map(repr, found))}" if found else 'no column'
+    return ValueError(f"{where!r} has {few} of {what}s, and {', '.join(map(repr, features))} in all: name the one that is "
+                      f"meant ({what}_column, --{what}-column)")
 
 def _told(f) -> str: return _dtype(f) or type(f).__name__.lower()
 
@@ -250,7 +256,8 @@ def _load(tables: Tables, split: str, image: str, label: str|None):
         if tables.kind == 'webdataset': return _tar_table(tables, split, image, label)
         return datasets.load_dataset(tables.kind, data_files={split: tables.splits[split]}, split=split)
     except Exception as e:
-        raise ValueError(f"the split {split!r} of {str(tables.where)!r} cannot be read: {_one_line(e)}; a shard may be cut off") from e
+        raise ValueError(f"the split {split!r} of {str(tables.where)!r} cannot be read: {_one_line(e)}; a shard may "
+                         "be cut off") from e
 
 @contextmanager
 def _opened(shard: str) -> Iterator[BinaryIO]: # a file, or whatever lies at an address
@@ -276,7 +283,8 @@ def split_names_of(
     datasets = _hf()
     try: return datasets.get_dataset_split_names(tables.where)
     except Exception as e:
-        raise FileNotFoundError(f"the data set {tables.where!r} is not here, and the hub does not give it: {_one_line(e)}") from e
+        raise FileNotFoundError(f"the data set {tables.where!r} is not here, and the hub does not give it: "
+                                f"{_one_line(e)}") from e
 
 def _column(ds, name: str, inner: str = '') -> list: # a column, or a field of it, without touching the others
     import pyarrow.compute as pc
@@ -359,7 +367,8 @@ def _tar_rows(f, start: int, columns: list[str]) -> Iterator[dict]:
     "The same, as rows; a tar has to be read from its beginning."
     image, label = columns[:2]
     for s in islice(_tar_samples(f), start, None):
-        if image not in s or label not in s: raise tarfile.ReadError(f"{s['__key__']!r} has no .{image if image not in s else label}")
+        if image not in s or label not in s:
+            raise tarfile.ReadError(f"{s['__key__']!r} has no .{image if image not in s else label}")
         word = s[label].decode(errors='replace').strip()
         yield {image: dict(bytes=s[image], path=f"{s['__key__']}.{image}"), label: word}
 
@@ -369,7 +378,8 @@ def _tar_cells(shards: list, image: str, label: str) -> Iterator[dict]: # rows o
         with _opened(shard) as f:
             for o in _tar_samples(f):
                 if image not in o or label and label not in o:
-                    raise tarfile.ReadError(f"{o['__key__']!r} of {shard!r} has no .{image if image not in o else label}")
+                    raise tarfile.ReadError(f"{o['__key__']!r} of {shard!r} has no "
+                                            f".{image if image not in o else label}")
                 own = {label: o[label].decode(errors='replace').strip()} if label else {}
                 yield {image: dict(bytes=o[image], path=f"{o['__key__']}.{image}")} | own
 
@@ -420,7 +430,8 @@ class Stream:
         image: str = '', # columns, as for `find_columns`
         label: str = ''
     ):
-        if tables.kind not in _readers: raise ValueError(f"{_where(tables)} cannot be streamed: give a folder or an address of shards "
+        if tables.kind not in _readers:
+            raise ValueError(f"{_where(tables)} cannot be streamed: give a folder or an address of shards "
                                                          "(hf://datasets/OWNER/NAME for one of the hub)")
         self.kind, self.shards, self.root, self.buffer = tables.kind, tables.splits[split], root, buffer
         self.seed, self.rank, self.processes = seed, rank, processes
@@ -444,7 +455,8 @@ class Stream:
     def labels(self) -> list[str]: # each once
         "The classes that occur, by the column of labels alone."
         if self.kind != 'parquet':
-            raise ValueError("a stream of these shards does not know its classes beforehand: list them in a file (classes, --classes)")
+            raise ValueError("a stream of these shards does not know its classes beforehand: list them in a file "
+                             "(classes, --classes)")
         import pyarrow.parquet as pq
         found: set = set()
         for o in self.shards:
@@ -467,7 +479,8 @@ class Stream:
                     label = c.text(row[c.label], f'row {i} of {name}')
                     label = self.named.get(label, label)
                     if self.classes and label not in self.classes:
-                        raise ValueError(f"row {i} of {name} has the label {label!r}, which is none of the {len(self.classes)} classes")
+                        raise ValueError(f"row {i} of {name} has the label {label!r}, which is none of the "
+                                         f"{len(self.classes)} classes")
                     yield TableImage(called, HeldBytes(_cell_bytes(cell))), label
         except (pyarrow.ArrowInvalid, OSError, tarfile.TarError, EOFError) as e:
             raise ValueError(f"the shard {shard!r} cannot be read, as if it were cut off: {_one_line(e)}") from e
@@ -502,8 +515,8 @@ class Stream:
                     yield o, (k, j, row)
                 row = 0
             if none and k > place[0]:
-                raise ValueError(f"the shards hold no image for process {self.rank} of {self.processes}: there are fewer images than "
-                                 "processes, use fewer (--processes)" if self.processes > 1 else "the shards of the stream hold no image")
+                why = f" for process {self.rank} of {self.processes}: there are fewer images than processes, use fewer (--processes)"
+                raise ValueError('the shards of the stream hold no image' + why*(self.processes > 1))
             k, j, row = k + 1, 0, 0
 
     def epoch(self,
