@@ -318,7 +318,7 @@ def go(tmp_path, run, data, workers, *, processes=1, kill_at=0, gently=False):
     args = [str(script), str(run), str(data), str(workers), str(kill_at)]
     launch = [] if processes == 1 else ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--rdzv-backend', 'c10d',
                                         '--rdzv-endpoint', 'localhost:0']
-    done = subprocess.run([sys.executable, *launch, *args], capture_output=True, text=True, timeout=900,
+    done = subprocess.run([sys.executable, *launch, *args], capture_output=True, text=True, timeout=3600,
                           env=os.environ | dict(OMP_NUM_THREADS='1', HF_DATASETS_CACHE=str(tmp_path/'cache'), HF_HUB_OFFLINE='1'))
     assert (done.returncode == 0) == (not kill_at), done.stderr[-3000:]
 
