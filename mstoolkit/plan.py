@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from .core import counted, n_processes, pick_device
-from .data.core import settled_samples
+from .data.core import known_samples, settled_samples
 from .data.image import ImageError, read_image
 from .data.sources import DataSource, Sample, data_source
 from .data.tables import Stream, open_image
@@ -56,7 +56,8 @@ def data_facts(
     names, tr, va, _ = settled_samples(source, seed)
     streamed = isinstance(tr, Stream)
     counts = dict.fromkeys(names, len(tr)//len(names)) if streamed else Counter(s.label for s in tr)
-    some = [Sample(*o) for o in tr.head(n)] if streamed else tr[::max(1, len(tr)//n)][:n]
+    some = known_samples(tr)
+    some = some[::max(1, len(some)//n)][:n]
     sides = [side for s in some if (side := _side(s))]
     grey = [g for s in some[::4] if (g := _is_grey(s)) is not None]
     return DataFacts(len(tr), len(va), tuple(counts[o] for o in names), round(median(sides)) if sides else 224, bool(grey) and all(grey),

@@ -324,6 +324,12 @@ class StreamDL(ImageDL):
         super().after_iter()
         self.dataset.stream.go_on()
 
+def known_samples(
+    train: list[Sample]|Stream # from `settled_samples`
+) -> list[Sample]: # all of a list
+    "Training samples that can be looked at; of a stream, the first ones."
+    return [Sample(*o) for o in train.head()] if isinstance(train, Stream) else train
+
 def stream_of(
     dls: DataLoaders # from `image_dls`, or any others
 ) -> Stream|None: # `None`: their training images are a list
@@ -429,7 +435,7 @@ def _train_tfms(augment, size: int, on_device: bool) -> tuple[AugmentImage, list
 
 def _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, path) -> DataLoaders:
     "DataLoaders of two lists of samples, or of a stream and a list."
-    known = [Sample(*o) for o in tr.head()] if isinstance(tr, Stream) else tr
+    known = known_samples(tr)
     ds = ImageDatasets(known+va, tfms=[image_tfms, [LabelOf(), Categorize(vocab=names, sort=False)]],
                        splits=[range(len(known)), range(len(known), len(known)+len(va))])
     workers = default_workers(len(tr)) if num_workers is None else num_workers

@@ -30,16 +30,16 @@ class TableImage(type(Path())): # type: ignore[misc]
     "An image that lies in a table: a path by name, which gives its bytes where it is opened."
     of: Any = None # what holds the bytes: has `image_bytes(row)`
     row: int = 0 # which of its images
-    def __new__(cls,
-        name: str|Path, # what it is called, as a path
-        of: Any = None, # has `image_bytes(row)`; a path that is derived from this one has none
-        row: int = 0 # which image of it
-    ):
+    def __new__(cls, name, of=None, row=0):
         self = super().__new__(cls, name)
         if of is not None: self.of, self.row = of, row
         return self
 
-    def __init__(self, name, of=None, row=0):
+    def __init__(self,
+        name: str|Path, # what it is called, as a path
+        of: Any = None, # has `image_bytes(row)`; a path that is derived from this one has none
+        row: int = 0 # which image of it
+    ):
         if sys.version_info >= (3, 12): super().__init__(name) # where older versions have none of their own
 
     def with_segments(self, *parts): return Path(*parts) # what Python 3.12 makes parents and siblings of
