@@ -3,6 +3,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,8 +22,9 @@ pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.m
 
 from fastai.callback.core import Callback  # noqa: E402
 
+from mstoolkit.callback.distributed import Share, join_processes  # noqa: E402
 from mstoolkit.cli import main  # noqa: E402
-from mstoolkit.core import file_digest  # noqa: E402
+from mstoolkit.core import RunError, file_digest  # noqa: E402
 from mstoolkit.data.check import check_data  # noqa: E402
 from mstoolkit.data.core import image_dls, stream_of  # noqa: E402
 from mstoolkit.data.image import ImageError, read_image  # noqa: E402
@@ -433,6 +435,18 @@ def test_what_needs_a_list_refuses_a_stream(numbered, tmp_path, capsys):
     assert main(args) == 0
     assert len(read_predictions(tmp_path/'r')) == 8
     assert main(['report', str(tmp_path/'r')]) == 0
+
+
+def test_a_port_in_use_is_said_in_one_line(monkeypatch):
+    with socket.create_server(('', 0), family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else socket.create_server(('', 0)) as s:
+        for k, v in dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(s.getsockname()[1])).items(): monkeypatch.setenv(k, v)
+        with pytest.raises(RunError, match='the 2 processes cannot meet at localhost:.*another port') as e: join_processes()
+    assert '\n' not in str(e.value)
+
+
+def test_more_processes_than_images_of_a_folder(image_folder):
+    with pytest.raises(ValueError, match='40 processes and batches of 24 images: each needs one or more'):
+        Share(image_dls(image_folder, size=32, bs=64, num_workers=0, device='cpu').train, 0, 40)
 
 
 def test_more_processes_than_images(numbered):
