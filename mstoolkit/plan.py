@@ -54,14 +54,13 @@ def data_facts(
 ) -> DataFacts:
     "Look at a data set: names of all files, headers of `n`, pixels of a quarter of those."
     names, tr, va, _ = settled_samples(source, seed)
-    streamed = isinstance(tr, Stream)
-    counts = dict.fromkeys(names, len(tr)//len(names)) if streamed else Counter(s.label for s in tr)
+    counts = dict.fromkeys(names, len(tr)//len(names)) if isinstance(tr, Stream) else Counter(s.label for s in tr)
     some = known_samples(tr)
     some = some[::max(1, len(some)//n)][:n]
     sides = [side for s in some if (side := _side(s))]
     grey = [g for s in some[::4] if (g := _is_grey(s)) is not None]
     return DataFacts(len(tr), len(va), tuple(counts[o] for o in names), round(median(sides)) if sides else 224, bool(grey) and all(grey),
-                     streamed)
+                     isinstance(tr, Stream))
 
 def _side(s: Sample) -> int|None: # in pixels; `None`: no size can be read
     try:

@@ -103,7 +103,7 @@ def _hf(): # the package
     return datasets
 
 def _one_line(e: BaseException) -> str: # the cause that says most, in short
-    while e.__cause__ or e.__context__: e = e.__cause__ or e.__context__
+    while deeper := e.__cause__ or e.__context__: e = deeper
     return ' '.join(str(e).split())[:300] or type(e).__name__
 
 def table_address(
@@ -305,9 +305,9 @@ def table_rows(
     splits: list[str], # names of splits, in the order of the answer
     root: Path, # what names begin with
     *,
-    image: str = '', # columns, as for `find_columns`
-    label: str|None = '',
-    group: str = ''
+    image: str = '', # column of the images; found when not given
+    label: str|None = '', # column of the labels, likewise; `None`: there need be none
+    group: str = '' # column of what must stay together
 ) -> list[list[tuple]]: # of each split: (image, label, group) of each row
     "The rows of splits; images are opened when they are needed."
     loaded, out = [(k, _load(tables, k, image, label)) for k in splits], []
@@ -427,8 +427,8 @@ class Stream:
         seed: int = 42, # of the order of shards
         rank: int = 0, # this process
         processes: int = 1, # how many there are
-        image: str = '', # columns, as for `find_columns`
-        label: str = ''
+        image: str = '', # column of the images; found when not given
+        label: str = '' # column of the labels, likewise
     ):
         if tables.kind not in _readers:
             raise ValueError(f"{_where(tables)} cannot be streamed: give a folder or an address of shards "
