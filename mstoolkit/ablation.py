@@ -232,6 +232,9 @@ def run_jobs(
 def _write_images(dls: DataLoaders, source: DataSource, out: Path):
     "Write down which image is in which split, and the source that says so to the runs."
     sets, images = dict(train=dls.train_ds, valid=dls.valid_ds), study_file(out, 'images')
+    if source.tables:
+        raise ValueError("a study lists its images as files, which its runs read, and these lie in tables: give a "
+                         "folder of images")
     rows = [(str(Path(s.path).resolve()), s.label, split) for split, ds in sets.items() for s in ds.items]
     write_text(images, pd.DataFrame(rows, columns=['path', 'label', 'split']).to_csv(index=False))
     listed = DataSource(source.path, csv=images, classes=source.classes, cache=source.cache, cache_in=source.cache_in)

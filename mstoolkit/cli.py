@@ -6,7 +6,8 @@ Docs: https://mstoolkit.github.io/mstoolkit/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Plugin', 'plain_options', 'train_command', 'distill', 'predict', 'views', 'combine', 'submit', 'check',
-           'convert', 'export', 'serve', 'card', 'ablate', 'report', 'backbones', 'params', 'data', 'demo', 'main']
+           'convert', 'export', 'serve', 'card', 'ablate', 'report', 'backbones', 'params', 'data', 'pack', 'demo',
+           'main']
 
 # %% ../nbs/810_cli.ipynb #0f234a9b
 import inspect
@@ -115,7 +116,7 @@ def _folder(path: Path):
 def _source(data: Path, given: dict) -> DataSource:
     "What the argument DATA and its options name, checked as far as it can be without work."
     source = data_source(data, **given)
-    _folder(Path(source.path))
+    if not source.tables: _folder(Path(source.path)) # tables may also lie at an address, or on the hub
     return source
 
 def _import_plugins(names: list[str]|None):
@@ -125,7 +126,8 @@ def _import_plugins(names: list[str]|None):
 Plugin = Annotated[Optional[list[str]], typer.Option('--plugin', callback=_import_plugins, is_eager=True, expose_value=False,
     help="module or .py file of yours to import first, with heads or augmentations of your own; may be given again")]
 
-_data_help = "folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…; or the data.toml of a run"
+_data_help = ("folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…; the data.toml of a run; "
+              "with --data-format hf, tables of images: a folder, an address, OWNER/NAME on the hub")
 
 # options of whoever predicts
 _Device = Annotated[str, typer.Option(autocompletion=_complete(_names['device']), help="auto, cpu, cuda, cuda:N or mps")]
@@ -142,7 +144,7 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
         flag = given[0].replace('_', '-')
         raise ValueError(f"--resume goes on with the options of the run itself: leave out --{flag}")
     _folder(run)
-    if data: _folder(data)
+    if data and not data.exists(): _folder(data)
     if folds:
         from mstoolkit.several.folds import resume_folds
         kw = {k: ctx.params[k] for k in ('minutes', 'jobs', 'threads', 'ray')}
@@ -187,7 +189,7 @@ def _in_processes(n: int, ctx: typer.Context, threads: int|None) -> int: # exit 
     if given('jobs') or given('ray') or given('folds') and not given('fold'):
         raise ValueError("--processes trains one model in several processes, and --folds, --jobs and --ray several models: "
                          "give --fold for one of them, or leave --processes out")
-    if (data := ctx.params['data'] or ctx.params['resume']) and not data.exists(): _folder(data)
+    if (data := ctx.params['data'] or ctx.params['resume']) and not data.exists() and ctx.params['data_format'] != 'hf': _folder(data)
     from mstoolkit.callback.distributed import start_processes
     words = list(ctx.obj)
     for i, word in reversed(list(enumerate(words))): # but the option itself
@@ -267,12 +269,15 @@ def _tell_gain(model: Path, tta: str, how: dict):
 
 # %% ../nbs/810_cli.ipynb #54fa1aee
 @app.command()
+@plain_options('data_format', 'image_column', source_fields=DataSource)
 def predict(
+    source_fields: dict, # the images' options
     models: Annotated[list[Path], typer.Argument(
         help="run folder, model file, or .pt checkpoint of Report A's scripts; of several, their average")],
-    images: Annotated[Path, typer.Argument(help="folder of images")],
+    images: Annotated[Path, typer.Argument(help="folder of images; with --data-format hf, tables of them")],
     out: Annotated[Path, typer.Option('--out', '-o',
         help="CSV to write: image_name,pred_label; - writes to standard output")] = Path('prediction.csv'),
+    split: Annotated[str, typer.Option(help="with hf: the split to predict; test, or the only one")] = '',
     force: Annotated[bool, typer.Option('--force', help="replace a CSV that is there")] = False,
     tta: Annotated[str, typer.Option(autocompletion=_complete(_names['tta']),
         help="average over views of each image: none, flip (its mirror image), sizes (a fifth larger) or flip+sizes; "
@@ -297,11 +302,11 @@ def predict(
     to_stdout, file = str(out) == '-', out.with_suffix('.zip') if zip else out
     if to_stdout and zip: raise ValueError("--zip writes a file: give --out another name than -")
     if not to_stdout: check_new(file, force=force)
-    _folder(images)
+    source = _source(images, source_fields)
     choice(tta, _names['tta'], 'tta')
     from mstoolkit.predict import predict_folder, write_predictions
     how: dict[str, Any] = dict(bs=bs, device=device, precision=precision, num_workers=None if num_workers < 0 else num_workers)
-    df = predict_folder(models, images, tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad, **how)
+    df = predict_folder(models, source, split=split, tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad, **how)
     if to_stdout: print(df.to_csv(index=False), end='')
     else: write_predictions(df, out, zip=zip, force=force)
     print(f"{counted(len(df), 'prediction')} in {'standard output' if to_stdout else file}",
@@ -327,7 +332,8 @@ def views(
 
 # %% ../nbs/810_cli.ipynb #4912ff1a
 @app.command()
-@plain_options('train', 'valid', 'valid_pct', 'csv', 'group', 'classes', source_fields=DataSource)
+@plain_options('data_format', 'train', 'valid', 'valid_pct', 'csv', 'group', 'image_column', 'label_column', 'classes',
+               source_fields=DataSource)
 def combine(
     source_fields: dict, # the data's options
     runs: Annotated[list[Path], typer.Argument(help="run folders or model files, two or more, of the same classes")],
@@ -385,7 +391,7 @@ def submit(
 
 # %% ../nbs/810_cli.ipynb #f490f587
 @app.command()
-@plain_options('train', 'valid', 'csv', 'group', 'classes', source_fields=DataSource)
+@plain_options('data_format', 'train', 'valid', 'csv', 'group', 'image_column', 'label_column', 'classes', source_fields=DataSource)
 def check(
     source_fields: dict, # the data's options
     data: Annotated[Path, typer.Argument(help=_data_help)],
@@ -554,7 +560,8 @@ def report(
 
 # %% ../nbs/810_cli.ipynb #e713ca7f
 @app.command()
-@plain_options('size', 'bs', 'head', 'device', 'train', 'valid', 'valid_pct', 'csv', 'group', 'folds', 'fold', 'classes',
+@plain_options('size', 'bs', 'head', 'device', 'data_format', 'train', 'valid', 'valid_pct', 'csv', 'group', 'image_column',
+               'label_column', 'folds', 'fold', 'classes',
                recipe_fields=Recipe, source_fields=DataSource)
 def backbones(
     recipe_fields: dict, # the recipe's options
@@ -616,6 +623,22 @@ def data(
     check_new(out, 'data folder')
     from mstoolkit.data.make import make_data
     print(f"made {make_data(name, out)}")
+
+# %% ../nbs/810_cli.ipynb #c1f07d36
+@app.command()
+@plain_options('train', 'valid', 'csv', 'group', 'classes', source_fields=DataSource)
+def pack(
+    source_fields: dict, # the data's options
+    data: Annotated[Path, typer.Argument(help="folder of images: train/CLASS/… with val/CLASS/…, or CLASS/…")],
+    out: Annotated[Path, typer.Argument(help="folder to make")],
+    shard_mb: Annotated[float, typer.Option(help="size of a shard, in MB")] = 500.,
+):
+    "Write a folder of images as Parquet shards, checked, for train --data-format hf."
+    check_new(out, 'folder of shards')
+    source = _source(data, source_fields)
+    from mstoolkit.data.make import pack_images
+    n = pack_images(source, out, shard_mb=shard_mb)
+    print(', '.join(f"{counted(k, 'image')} in {split}" for split, k in n.items()) + f": mstoolkit train {out} --data-format hf")
 
 # %% ../nbs/810_cli.ipynb #b6e8b1d4
 @app.command()

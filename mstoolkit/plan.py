@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from .core import counted, n_processes, pick_device
-from .data.core import settled_samples
+from .data.core import known_samples, settled_samples
 from .data.image import ImageError, read_image
 from .data.sources import DataSource, Sample, data_source
+from .data.tables import Stream, open_image
 from .models.backbone import check_name
 from .models.candidates import (choice_told, rank_backbones, set_aside, take_backbone, time_backbone,
                                          weights_at_hand, weights_told)
@@ -38,6 +39,7 @@ class DataFacts:
     per_class: tuple # training images of each class
     side: int # median of the images' shorter sides, in pixels
     grey: bool # whether they have no colours
+    streamed: bool = False # whether they are read as they come, so that no image is seen twice in an epoch by number
 
     @property
     def uneven(self) -> float: # 1: even
@@ -52,15 +54,17 @@ def data_facts(
 ) -> DataFacts:
     "Look at a data set: names of all files, headers of `n`, pixels of a quarter of those."
     names, tr, va, _ = settled_samples(source, seed)
-    counts = Counter(s.label for s in tr)
-    some = tr[::max(1, len(tr)//n)][:n]
+    counts = dict.fromkeys(names, len(tr)//len(names)) if isinstance(tr, Stream) else Counter(s.label for s in tr)
+    some = known_samples(tr)
+    some = some[::max(1, len(some)//n)][:n]
     sides = [side for s in some if (side := _side(s))]
     grey = [g for s in some[::4] if (g := _is_grey(s)) is not None]
-    return DataFacts(len(tr), len(va), tuple(counts[o] for o in names), round(median(sides)) if sides else 224, bool(grey) and all(grey))
+    return DataFacts(len(tr), len(va), tuple(counts[o] for o in names), round(median(sides)) if sides else 224, bool(grey) and all(grey),
+                     isinstance(tr, Stream))
 
 def _side(s: Sample) -> int|None: # in pixels; `None`: no size can be read
     try:
-        with Image.open(s.path) as im: return min(im.size)
+        with open_image(s.path) as f, Image.open(f) as im: return min(im.size)
     except Exception: return None # the check before training says what is wrong with it
 
 def _is_grey(s: Sample) -> bool|None: # `None`: it cannot be read
@@ -121,7 +125,7 @@ def training_fields(
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
     if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=-1)
-    elif hasattr(heads[head], 'pool'):
+    elif hasattr(heads[head], 'pool') and not facts.streamed: # whose features are computed once
         start = _probed(passes, n_stages)
         passes *= _faster[start['frozen_stages']]
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=-1)

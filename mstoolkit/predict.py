@@ -20,7 +20,8 @@ from fastai.learner import Learner
 
 from .classifier import Classifier, average_models
 from .core import atomic_path, check_new, choice, counted, pick_device, track
-from .data.sources import formula_starts, image_files
+from .data.sources import DataSource, formula_starts, image_files, split_of, table_images
+from .data.tables import find_tables, split_names_of
 from .evaluate.calibration import tempered
 from .models.arithmetic import check_precision
 from .runs import file_names
@@ -81,10 +82,29 @@ def predict_probs(
         probs.append(p.mean(0))
     return torch.cat(probs), good, bad
 
+# %% ../nbs/720_predict.ipynb #1c88d04e
+def _images_to_predict(folder: str|Path|DataSource, split: str) -> tuple[Path, list[Path]]: # what names are relative to; sorted by name
+    "The images of a folder, or of a split of tables."
+    if not isinstance(folder, DataSource) or not folder.tables:
+        if split:
+            raise ValueError(f"split={split!r} names a split of tables: give data_format='hf' (--data-format hf) too")
+        root = folder.root if isinstance(folder, DataSource) else Path(folder)
+        files = image_files(root)
+    else:
+        root, names = folder.root, split_names_of(find_tables(folder.path, split_of))
+        usual = [o for o in names if split_of(o) == 'test'] or names
+        if split: usual = [choice(split, names, 'split')]
+        if len(usual) > 1:
+            raise ValueError(f"{folder.path!r} has the splits {', '.join(names)}: say which is to be predicted "
+                             "(--split)")
+        files = [s.path for s in table_images(folder, usual, labelled=False)[0]]
+        if not files: raise ValueError(f"the split {usual[0]!r} of {folder.path!r} has no rows")
+    return root, sorted(files, key=lambda f: (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix())
+
 # %% ../nbs/720_predict.ipynb #9cf77202
 def _image_names(files: list[Path], folder: Path) -> list[str]:
     "Names without extension, relative to `folder`; two files of one name are an error."
-    names = [f.relative_to(folder).with_suffix('').as_posix() for f in files]
+    names = [(f.relative_to(folder) if f.is_relative_to(folder) else f).with_suffix('').as_posix() for f in files]
     seen = {}
     for n, f in zip(names, files):
         if n in seen:
@@ -106,8 +126,9 @@ def _report_bad(bad: dict, n: int, on_bad: str):
 # %% ../nbs/720_predict.ipynb #af1eb13d
 def predict_folder(
     model: Learner|Classifier|str|Path|list, # a learner, a classifier, a model file or a run folder; of several, their average
-    folder: str|Path, # images to classify, in folders of any depth
+    folder: str|Path|DataSource, # images to classify, in folders of any depth, or a source of tables
     *,
+    split: str = '', # of tables: which split; that of the test, or the only one, when not given
     tta: str = 'none', # average over views of each image: none, flip, sizes or flip+sizes
     top_k: int = 1, # with more than 1, add the columns label_1, confidence_1, label_2 … of the most probable classes
     confidence: bool = False, # add the probability of the predicted class; with `top_k` it is there already, as confidence_1
@@ -122,11 +143,11 @@ def predict_folder(
     if isinstance(model, Learner): device, model = device or str(model.dls.device), Classifier.from_learner(model)
     if isinstance(model, list): model = average_models(model)
     clf = model if isinstance(model, Classifier) else Classifier.load(model)
-    folder, classes = Path(folder), clf.header.classes
+    classes = clf.header.classes
     if bs < 1: raise ValueError(f"bs is {bs}: give 1 or more")
     if not 1 <= top_k <= len(classes):
         raise ValueError(f"top_k is {top_k}: give 1 to {len(classes)}, the number of classes")
-    files = sorted(image_files(folder), key=lambda f: f.relative_to(folder).with_suffix('').as_posix())
+    folder, files = _images_to_predict(folder, split)
     _image_names(files, folder)
     probs, good, bad = predict_probs(clf, files, tta=tta, bs=bs, num_workers=num_workers, device=device or 'auto',
                                      precision=precision)

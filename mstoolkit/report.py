@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from . import __version__
 from .classifier import Classifier
 from .core import check_new, choice, counted, write_text
+from .data.sources import images_named
 from .evaluate.attribution import overlay, plot_shares, scale_attribution, scale_shares
 from .evaluate.interpret import (calibration_error, calibration_null, calibration_warning, class_table, confusion_pairs,
                                           label_errors, palette, plot_calibration, plot_cells, plot_confusion, plot_curves)
@@ -177,8 +178,8 @@ def _spread(n) -> str: return f'{min(n):,}' if min(n) == max(n) else f'{min(n):,
 # %% ../nbs/730_report.ipynb #dd076c8a
 def _image_batches(run: Run, clf: Classifier, rows: pd.DataFrame, bs: int = 32) -> Iterator[tuple]:
     "Batches of (uint8 images, normalised images, rows of the table) of the images that are still where the run found them."
-    root = Path(run.source.path)
-    files = {root/o: i for i, o in enumerate(rows.image) if (root/o).is_file()}
+    there = images_named(run.source, rows.image)
+    files = {there[o]: i for i, o in enumerate(rows.image) if o in there}
     for x, xn, ok, _ in clf.batches(list(files), bs=bs, num_workers=0):
         if len(ok): yield x, xn, rows.iloc[[files[f] for f in ok]]
 

@@ -37,7 +37,7 @@ from fastcore.imports import noop
 from .callback.average import EMA
 from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.budget import Budget
-from .callback.checkpoint import Checkpoint
+from .callback.checkpoint import Checkpoint, StreamPlace
 from .callback.distill import Distill
 from .callback.distributed import Distributed, part_sizes, together
 from .callback.mix import BatchMix
@@ -52,7 +52,7 @@ from .classifier import Classifier, change_header, model_digest, read_header
 from .core import (RunError, atomic_path, by_first, check_new, from_first, keep_freed_memory, n_processes, new_folder,
                             out_of_memory, pick_device, process_rank, seed_everything, signals_wait, write_text)
 from .data.check import check_samples
-from .data.core import image_dls, set_size
+from .data.core import image_dls, set_size, stream_of
 from .data.sources import DataSource, class_roots, data_source, left_aside
 from .evaluate.calibration import calibrate, least_images
 from .evaluate.interpret import plot_curves, prediction_table
@@ -112,6 +112,12 @@ def recipe_learner(
         raise ValueError("schedule 'fine-tune' first trains the head on a frozen backbone, and this recipe's backbone "
                          "is not pretrained: choose another schedule, or pretrained weights")
     cbs: list = [Distributed(sync_bn=r.sync_bn)] if n_processes() > 1 else []
+    if stream_of(dls):
+        if odd := next((o for o in ('probe', 'keep_maps') if getattr(r, o)), 'balance' if r.balance != 'none' else ''):
+            raise ValueError(f"recipe field {odd!r} looks at all training images beforehand, and a stream is read as "
+                             "it comes: "
+                             "leave one of them out")
+        cbs.append(StreamPlace())
     if r.cutmix + r.mixup:
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
@@ -191,13 +197,15 @@ def _digest(dls: DataLoaders) -> str:
     root, lines = os.path.abspath(dls.path), list(dls.vocab)
     name = lambda path: Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
     for ds in (dls.train_ds, dls.valid_ds): lines += ['', *(f'{name(s.path)}\t{s.label}' for s in ds.items)]
+    if stream := stream_of(dls): lines += ['', *map(os.path.basename, stream.shards)]
     return hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
 
 def _surroundings(dls: DataLoaders) -> dict:
     "What the run folder keeps of machine and data."
     dev = dls.device
     data = dict(classes=len(dls.vocab), train=len(dls.train_ds), valid=len(dls.valid_ds), digest=_digest(dls), contents=dls.contents,
-                train_per_class=class_counts(dls).int().tolist(), warnings=getattr(dls, 'warned', []))
+                warnings=getattr(dls, 'warned', []))
+    if not stream_of(dls): data['train_per_class'] = class_counts(dls).int().tolist()
     several = {'processes': n_processes()} if n_processes() > 1 else {}
     return environment(processors=torch.get_num_threads(), device=str(dev), **several,
                        gpu=torch.cuda.get_device_name(dev) if dev.type == 'cuda' else None, data=data)
@@ -496,7 +504,7 @@ def images_of(
 ) -> DataSource: # what it was trained on
     "The data of a training that was stopped, where they are now."
     source = data_source(run_file(folder, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
-    if not Path(source.path).is_dir():
+    if not source.tables and not Path(source.path).is_dir():
         raise FileNotFoundError(f"there is no folder {source.path!r}, where the images were: say where they are now "
                                 f"(mstoolkit train DATA --resume {shlex.quote(str(folder))})")
     return source

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from ..core import atomic_path, track
 from .image import read_image, shrink
+from .tables import image_stamp
 
 # %% ../../nbs/140_data.cache.ipynb #2ac18152
 _magic = b'mstoolkit cache 1\n'
@@ -30,9 +31,7 @@ def _key(
 ) -> str: # changes when a file, the list or the size does
     "Hash of names, sizes, times of change and settings."
     h = hashlib.blake2b(f'{_magic!r} {side} {len(files)}\n'.encode(), digest_size=12)
-    for f in files:
-        s = os.stat(f)
-        h.update(f'{f}\0{s.st_size}\0{s.st_mtime_ns}\n'.encode('utf-8', 'surrogateescape'))
+    for f in files: h.update(f'{f}\0{image_stamp(f)}\n'.encode('utf-8', 'surrogateescape'))
     return h.hexdigest()
 
 def _shrunk(path: Path, side: int) -> np.ndarray: # uint8 H×W×3, the shorter side `side` or less

@@ -25,6 +25,7 @@ from ..core import counted, natural_key, track
 from .image import ImageError, ImageHeader, bad_kinds, decode_all, decode_image, image_header, read_image
 from .sources import (DataSource, Sample, class_folders, class_names, data_source, formula_starts, holds_image, image_suffixes, images_in,
                                     listed_classes, numbered_classes, source_samples, split_of)
+from .tables import image_there, open_image
 
 # %% ../../nbs/180_data.check.ipynb #ff3f27de
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,9 @@ def _sample_file(f, size: int) -> tuple[bytes, bytes]: # its beginning; that and
     return head, b''.join(places)
 
 def _read_header(path: Path) -> tuple[ImageHeader, str]: # header, digest of the sample
-    size = os.path.getsize(path)
-    with open(path, 'rb') as f:
+    with open_image(path) as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
         head, sample = _sample_file(f, size)
         try: h = image_header(head)
         except Exception:
@@ -103,7 +105,7 @@ def _inspect(e: Entry, fast: bool) -> Entry:
     "Read a file; with `fast` only its header."
     warned: list = []
     try:
-        if not os.path.isfile(e.path): raise ImageError(_not_there(e.path), 'missing')
+        if not image_there(e.path): raise ImageError(_not_there(e.path), 'missing')
         if fast: h, digest = _read_header(e.path)
         else:
             data = e.path.read_bytes()
@@ -459,8 +461,9 @@ def check_data(
 ) -> Findings: # the worst first; as text, HTML or JSON
     "Read every image of a data source and report what would hurt training."
     source = data_source(data, **source)
-    path = Path(source.path)
-    if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
+    path = source.root
+    if source.stream: raise ValueError("a stream is not read beforehand: leave stream out to check the data as a table")
+    if not source.tables and not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
     listed = _is_listed(source)
     if listed: entries, empty = _sample_entries(*source_samples(source, strict=False)), {}
     else: entries, empty = _folder_entries(path)
@@ -476,7 +479,7 @@ def _refusals(source: DataSource):
     except (ValueError, OSError) as e: yield Finding('error', 'refused', str(e))
 
 def _is_listed(source: DataSource) -> bool: # whether a table or a list, or folders of other names, say what is there
-    return source.in_memory or bool(source.csv) or source.train != 'train' or source.valid != 'val'
+    return source.tables or source.in_memory or bool(source.csv) or source.train != 'train' or source.valid != 'val'
 
 def check_samples(
     train: list[Sample], # training images

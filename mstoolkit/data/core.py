@@ -28,7 +28,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, Normalize
 from fastai.torch_core import TensorCategory, default_device, to_device
 from fastai.vision.core import TensorImage
-from fastcore.basics import chunked
+from fastcore.basics import GetAttr, chunked
 from fasttransform import DisplayedTransform, Transform
 from PIL import Image
 from .augment import apply_tfms, augment_tfms, mirrors, split_colour
@@ -38,7 +38,8 @@ from .colour import DeviceColour
 from .image import (ImageError, decode_all, imagenet_mean, imagenet_std, pil_rgb, read_image, scale_shift,
                                   to_rgb)
 from .sources import (DataSource, Sample, class_names, data_source, fold_split, source_samples,
-                                    stratified_split)
+                                    stratified_split, stream_samples)
+from .tables import Stream
 from .workers import Workers, start_method, worker_deaths, worker_init
 
 # %% ../../nbs/170_data.core.ipynb #8f8b0ca7
@@ -170,11 +171,20 @@ class ImageDatasets(Datasets):
         out: np.ndarray|None = None # flat uint8 memory for the images; new memory when not given
     ) -> tuple: # uint8 images N×3×H×W and, where there are labels, their class numbers
         "The images of `idxs`, stacked."
+        items = self.tls[0].items
+        return self.batch_of([(i, items[i]) for i in idxs], seed, out)
+
+    def batch_of(self,
+        numbered: list[tuple], # (number, `Sample`) of its images
+        seed: int|None = None, # as for `batch`
+        out: np.ndarray|None = None # likewise
+    ) -> tuple: # as of `batch`
+        "The images of samples, which need not be in the data set, stacked."
         images, *labels = self.tls
-        samples = [images.items[i] for i in idxs]
+        samples = [s for _, s in numbered]
         tfm = next(t for t in images.tfms.fs if t.split_idx == images.tfms.split_idx)
-        seeds = (None if seed is None else (seed, i) for i in idxs)
-        x = _stack(map(tfm.load, samples, seeds), len(idxs), out)
+        seeds = (None if seed is None else (seed, i) for i, _ in numbered)
+        x = _stack(map(tfm.load, samples, seeds), len(samples), out)
         if not labels: return _typed(x)
         number = labels[0].vocab.o2i
         return _typed(x, torch.tensor([number[o.label] for o in samples]))
@@ -229,7 +239,10 @@ class ImageDL(TfmdDL):
         samps: Iterable[int] # numbers of the items, in the epoch's order
     ) -> Iterable[tuple]: # batches, before the transforms that run on the device
         "Batch by batch."
-        return map(self._make_batch, repeat(self._seed), chunked(samps, self.bs, self.drop_last))
+        return map(self._make_batch, repeat(self._seed), self._chunks(samps))
+
+    def _chunks(self, idxs) -> Iterable[list]: # what `_make_batch` makes a batch of
+        return chunked(idxs, self.bs, self.drop_last)
 
     def _known(self) -> list:
         "All that processes know of this loader when they start: its items, and what its transforms hold, as bytes."
@@ -256,7 +269,7 @@ class ImageDL(TfmdDL):
         self.randomize(); self.before_iter()
         # fastai draws once an epoch: the global stream is to be the same with processes and without
         torch.empty((), dtype=torch.int64).random_()
-        jobs = [(self._seed, o) for o in chunked(self.get_idxs(), self.bs, self.drop_last)]
+        jobs = ((self._seed, o) for o in self._chunks(self.get_idxs()))
         w, split = self._workers(), self.after_batch.split_idx
         first = next((t for t in self.after_batch.fs if t.split_idx in (None, split)), None)
         # these write to other memory than they read: the slot may be used again
@@ -283,6 +296,45 @@ class ImageDL(TfmdDL):
             why = str(e).rpartition('ImageError: ')[2].strip()
             why += "; `mstoolkit check` lists all such files, on_bad='skip' leaves them out"
             raise ImageError(why, e.kind) from None
+
+# %% ../../nbs/170_data.core.ipynb #e91a5f02
+class StreamedImages(GetAttr):
+    "The data set of a stream: as long as an epoch, and known by its first images."
+    _default = 'known'
+    def __init__(self,
+        known: ImageDatasets, # the first images, which stand for all where a few are looked at
+        stream: Stream # where the images of an epoch come from
+    ): self.known, self.stream = known, stream
+    def __len__(self): return len(self.stream)
+    def __getitem__(self, i): return self.known[i]
+
+class StreamDL(ImageDL):
+    "An `ImageDL` whose images come from shards, one after the other, and go through a buffer that shuffles them."
+    def _chunks(self, idxs):
+        if self.after_item.fs or self.before_batch.fs:
+            raise ValueError("a stream takes no transforms of items: give those of batches")
+        some = list(chunked(idxs, self.bs, self.drop_last))
+        images = self.dataset.stream.epoch(self._seed, sum(map(len, some)))
+        return ([(i, Sample(*next(images))) for i in o] for o in some)
+
+    def _make_batch(self, seed, numbered, out=None): return self.dataset.known.batch_of(numbered, seed, out)
+
+    def after_iter(self):
+        "The next epoch goes on where this one has ended."
+        super().after_iter()
+        self.dataset.stream.go_on()
+
+def known_samples(
+    train: list[Sample]|Stream # from `settled_samples`
+) -> list[Sample]: # all of a list
+    "Training samples that can be looked at; of a stream, the first ones."
+    return [Sample(*o) for o in train.head()] if isinstance(train, Stream) else train
+
+def stream_of(
+    dls: DataLoaders # from `image_dls`, or any others
+) -> Stream|None: # `None`: their training images are a list
+    "The stream that training images come from."
+    return getattr(getattr(dls.train, 'dataset', None), '__dict__', {}).get('stream')
 
 def _augments(dl) -> list[AugmentImage]:
     "The `AugmentImage` transforms of a loader's data set."
@@ -320,7 +372,7 @@ def _drop_bad(tr: list[Sample], va: list[Sample]) -> tuple[list[Sample], list[Sa
 
 # %% ../../nbs/170_data.core.ipynb #3de71838
 def image_dls(
-    path: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
+    path: str|Path|DataSource, # folder of images, all that a `DataSource` says of them, or a `datasets.Dataset`
     *,
     size: int = 224, # side of the square images, in pixels
     bs: int = 32, # images in a batch; fewer when there are fewer images
@@ -343,16 +395,17 @@ def image_dls(
     on_device = colour_on == 'device' or colour_on == 'auto' and device.type == 'cuda'
     train_tfm, colour = _train_tfms(augment, size, on_device)
     image_tfms, batch_tfms = [train_tfm, AugmentImage('none', size, 1)], [*colour, NormalizeUint8(mean, std)]
-    dls = _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, Path(source.path))
-    if source.cache: _use_cache(dls, Path(source.cache_in or Path(source.path)/'.cache'))
+    dls = _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, source.root)
+    if source.cache: _use_cache(dls, Path(source.cache_in or source.root/'.cache'))
     dls.left_out = left_out
     return dls
 
 def settled_samples(
     source: DataSource, # what to train on
     seed: int # of what is held out
-) -> tuple[list[str], list[Sample], list[Sample], dict]: # classes, training and validation samples; file left out → why
-    "What a training would see, without decoding an image."
+) -> tuple[list[str], list[Sample]|Stream, list[Sample], dict]: # classes, training and validation samples; file left out → why
+    "What a training would see, without decoding an image; of a stream, the stream."
+    if source.stream: return (*stream_samples(source, seed), {})
     tr, va = source_samples(source)
     if source.folds and va:
         print(f"the {len(va):,} validation images of the table are not used: "
@@ -381,12 +434,15 @@ def _train_tfms(augment, size: int, on_device: bool) -> tuple[AugmentImage, list
     return AugmentImage(augment, size, 0, colour=False), [DeviceColour(jitter, erase)] if jitter or erase else []
 
 def _make_dls(tr, va, names, bs, image_tfms, batch_tfms, num_workers, seed, device, path) -> DataLoaders:
-    "DataLoaders of two lists of samples."
-    ds = ImageDatasets(tr+va, tfms=[image_tfms, [LabelOf(), Categorize(vocab=names, sort=False)]],
-                       splits=[range(len(tr)), range(len(tr), len(tr)+len(va))])
+    "DataLoaders of two lists of samples, or of a stream and a list."
+    known = known_samples(tr)
+    ds = ImageDatasets(known+va, tfms=[image_tfms, [LabelOf(), Categorize(vocab=names, sort=False)]],
+                       splits=[range(len(known)), range(len(known), len(known)+len(va))])
     workers = default_workers(len(tr)) if num_workers is None else num_workers
     dls = ds.dataloaders(bs=min(bs, len(tr)), dl_type=ImageDL, num_workers=workers, after_batch=batch_tfms,
                          device=device, path=path, pin_memory=torch.cuda.is_available())
+    if isinstance(tr, Stream):
+        dls.train = dls.train.new(StreamedImages(dls.train_ds, tr), cls=StreamDL, n=len(tr), shuffle=False, indexed=True)
     for i, dl in enumerate(dls.loaders): dl.rng = random.Random(seed+i)
     return dls
 

@@ -28,6 +28,7 @@ import numpy as np
 from fastcore.basics import chunked
 from PIL import Image, ImageOps
 from .sources import image_format
+from .tables import TableImage, open_image
 
 # what is wrong with a file is said once, by name, in an `ImageError`
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
@@ -283,14 +284,15 @@ def decode_image(
         raise ImageError(why, 'truncated' if 'truncated' in why or 'EOF' in why else 'damaged') from e
 
 def read_image(
-    path: str|Path, # an image file
+    path: str|Path, # an image file, or an image in a table
     size: int|None = None # side the model will see, in pixels, as for `decode_image`
 ) -> np.ndarray: # uint8 H×W×3, RGB, turned upright as its EXIF says
     "Read an image file, or raise an `ImageError` that names it and says what is wrong."
     try:
         # to open a named pipe would wait for ever
-        if not stat.S_ISREG(os.stat(path).st_mode): raise ImageError("not a file", 'alien')
-        with open(path, 'rb') as f:
+        if not isinstance(path, TableImage) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageError("not a file", 'alien')
+        with open_image(path) as f:
             head = f.read(64)
             # raises before a huge file that is no image is read whole
             if head and image_format(head) is None: image_header(head)

@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.make.html.md"""
 
 # %% auto #0
 __all__ = ['navon_letters', 'fashion_names', 'data_makers', 'navon_figure', 'make_navon', 'make_digits', 'make_fashion_mnist',
-           'make_data']
+           'make_data', 'pack_images']
 
 # %% ../../nbs/190_data.make.ipynb #d42bcf43
 import contextlib
@@ -21,8 +21,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from ..core import choice, new_folder, write_text
+from ..core import atomic_folder, check_new, choice, new_folder, write_text
 from .image import grey_weights
+from .sources import DataSource, class_names, data_source, image_files, source_samples, split_folder
+from .tables import write_shards
 
 # %% ../../nbs/190_data.make.ipynb #872087e4
 @contextlib.contextmanager
@@ -282,3 +284,40 @@ def make_data(
 ) -> Path: # `out`
     "Write the data set called `name` to folder `out`."
     return data_makers[choice(name, data_makers, 'data set')](out, **kwargs)
+
+# %% ../../nbs/190_data.make.ipynb #5e0c47ab
+def _to_pack(source: DataSource) -> tuple[dict, list[str]]: # as `write_shards` takes it
+    "The splits of a source, and its classes."
+    tr, va = source_samples(source)
+    names, tr, va = class_names(tr, va, source.file('classes') or source.classes)
+    root, path = os.path.abspath(source.root), lambda f: os.path.abspath(f)
+    name = lambda f: Path(os.path.relpath(path(f), root)).as_posix() if path(f).startswith(root) else path(f)
+    splits = dict(train=[(s.path, name(s.path), s.label, s.group) for s in tr])
+    if va: splits['validation'] = [(s.path, name(s.path), s.label, s.group) for s in va]
+    test = None if source.listed else split_folder(source.root, 'test')
+    if test: # its images may have no labels
+        label = lambda f: o if (o := f.relative_to(test).parts[0]) in names else ''
+        splits['test'] = [(f, name(f), label(f), '') for f in image_files(test)]
+    return splits, names
+
+def pack_images(
+    data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
+    out: str|Path, # the folder to write; it must not exist yet, or be empty
+    *,
+    shard_mb: float = 500., # size of a shard, in millions of bytes
+    seed: int = 42, # of the order of the rows
+    **source # fields of `DataSource`: train, valid, csv, classes …
+) -> dict: # name of a split → number of its images
+    "Write images as Parquet shards, whole or not at all, and compare what was written with the files."
+    if not shard_mb > 0: raise ValueError(f"shard_mb is {shard_mb:g}: give more than 0")
+    source = data_source(data, **source)
+    if source.tables: raise ValueError(f"{str(source.path)!r} holds tables already: pack takes files")
+    out = check_new(out, 'folder of shards')
+    splits, names = _to_pack(source)
+    need = sum(os.path.getsize(row[0]) for rows in splits.values() for row in rows)
+    there = next(p for p in out.absolute().parents if p.exists())
+    if (free := shutil.disk_usage(there).free) < 1.02*need:
+        raise OSError(f"the shards take {need/1e9:.1f} GB and the disk of {str(out)!r} has {free/1e9:.1f} GB free: "
+                      "give another folder")
+    with atomic_folder(out) as tmp: write_shards(splits, names, tmp, shard_mb=shard_mb, seed=seed)
+    return {k: len(rows) for k, rows in splits.items()}

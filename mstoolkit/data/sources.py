@@ -22,8 +22,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from ..core import choice, counted, natural_key, write_text
+from ..core import choice, counted, n_processes, natural_key, process_rank, write_text
 from ..recipe import PlainData, option
+from .tables import Stream, Tables, find_tables, image_there, in_memory, split_names_of, table_rows
 
 # %% ../../nbs/160_data.sources.ipynb #96e91b1f
 class Table(Protocol):
@@ -39,8 +40,8 @@ class Table(Protocol):
 # %% ../../nbs/160_data.sources.ipynb #466c9162
 @dataclass(frozen=True, slots=True)
 class Sample:
-    "An image file and its label."
-    path: Path # the image
+    "An image and its label."
+    path: Path # the image: a file, or a `TableImage` that gives its bytes
     label: str # its class, as the data calls it
     group: str = '' # images of one group (a patient, a burst of photographs) stay on one side of every split
 
@@ -100,6 +101,9 @@ def image_files(
         subdirs[:] = sorted(shown, key=lambda o: os.path.islink(os.path.join(d, o)))
         found += [os.path.join(d, n) for n in names if _is_image(d, n)]
     if not found:
+        if tables := next((o.name for end in ('parquet', 'tar', 'arrow') for o in folder.rglob(f'*.{end}')), ''):
+            raise ValueError(f"there are no images in {str(folder)!r}, but tables such as {tables!r}: "
+                             "to read images from them, give data_format='hf' (--data-format hf)")
         raise ValueError(f"there are no images in {str(folder)!r} (endings: {' '.join(sorted(image_suffixes))})")
     return [Path(f) for f in sorted(found, key=natural_key)]
 
@@ -127,13 +131,20 @@ class DataSource(PlainData):
     noun: ClassVar[str] = 'data source field'
     path:str = field(default='', kw_only=False, metadata=_option( # as type checkers see that it goes without its name
         '', str, "folder of images; relative paths of tables and lists start here").metadata)
-    train:str = _option('train', str, "training folder, or a list file such as train.txt")
+    data_format:str = _option('folder', str, "folder of images, or hf: images in tables (save_to_disk, Parquet, tars, the hub)",
+                              choices=('folder', 'hf'))
+    train:str = _option('train', str, "training folder or split, or a list file such as train.txt")
     valid:str = _option('val', str,
-                        "validation folder or list; val: any of the usual names; none: hold out training images")
+                        "validation folder, split or list; val: any of the usual names; none: hold out training images")
     valid_pct:float = _option(.2, float, "share of each class held out where there is no validation folder",
                               above=0, hi=.9)
     csv:str|Path|Table = _option('', str, "table instead of folders: columns path, label, perhaps split")
     group:str = _option('', str, "column of the table: images of one group stay on one side of the split")
+    image_column:str = _option('', str, "with hf: column of the images; found, where there is one")
+    label_column:str = _option('', str, "with hf: column of the labels; found, where there is one")
+    stream:bool = _option(False, bool, "with hf: read shards one after the other, for data that no disk holds")
+    epoch_images:int = _option(0, int, "with stream: images of an epoch; 0: all, where the shards say how many", lo=0)
+    buffer:int = _option(2048, int, "with stream: images that are shuffled among one another", lo=1)
     folds:int = _option(0, int, "cross-validation: so many folds of the training images, of which one is held out; "
                         "mstoolkit train takes them all in turn where no fold is named",
                         lo=0)
@@ -154,10 +165,14 @@ class DataSource(PlainData):
         if isinstance(self.cache, str): # a folder, as `image_dls(cache=…)` takes it
             object.__setattr__(self, 'cache_in', self.cache_in or self.cache)
             object.__setattr__(self, 'cache', True)
-        table = self.csv
+        table, held = self.csv, self.path
         if self.in_memory: object.__setattr__(self, 'csv', '')
+        if in_memory(held):
+            object.__setattr__(self, 'path', 'a data set in memory')
+            object.__setattr__(self, 'data_format', 'hf')
         super().__post_init__()
         object.__setattr__(self, 'csv', table)
+        object.__setattr__(self, 'path', held)
         self._check_together()
 
     @property
@@ -168,18 +183,30 @@ class DataSource(PlainData):
     @property
     def listed(self) -> bool: # whether a table or list says what is there
         "Whether images are listed; if not, folders hold the classes."
-        return self.in_memory or bool(self.csv) or self.file('train') is not None
+        return self.tables or self.in_memory or bool(self.csv) or self.file('train') is not None
+
+    @property
+    def tables(self) -> bool:
+        "Whether images lie in tables, and are no files."
+        return self.data_format == 'hf'
+
+    @property
+    def root(self) -> Path: # '.' for a data set in memory
+        "What the names of images begin with."
+        return Path() if in_memory(self.path) else Path(self.path)
 
     def _check_together(self):
         "Refuse what contradicts itself, and choices that would have no effect."
-        if not self.path: raise ValueError("a data source needs the folder that the images are in")
+        if isinstance(self.path, str) and not self.path:
+            raise ValueError("a data source needs the folder that the images are in")
+        self._check_tables()
         if self.in_memory or self.csv:
             if self.train != 'train':
                 raise ValueError(f"train={self.train!r} names a folder or list, and csv a table: give one of them")
             if self.valid not in ('val', 'none'):
                 raise ValueError(f"valid={self.valid!r} names a folder or list, and csv a table: "
                                  "mark the rows in a column 'split'")
-        elif self.group: raise ValueError(f"group={self.group!r} is a column of a table: give csv too")
+        elif self.group and not self.tables: raise ValueError(f"group={self.group!r} is a column of a table: give csv too")
         if self.fold and not self.folds:
             raise ValueError(f"fold={self.fold} says which of the folds is held out: give folds too")
         if self.folds and self.valid not in ('val', 'none'):
@@ -189,13 +216,35 @@ class DataSource(PlainData):
             raise ValueError(f"class name {odd[0]!r} begins or ends with a space, or is empty")
         if self.cache_in and not self.cache: object.__setattr__(self, 'cache', True)
 
+    def _check_tables(self):
+        "What images in tables, and streams of them, go with."
+        given = lambda names: next((o for o in names if getattr(self, o) != next(f for f in fields(self) if f.name == o).default), None)
+        if not self.tables and (odd := given(('image_column', 'label_column', 'stream'))):
+            raise ValueError(f"{odd}={getattr(self, odd)!r} is said of images in tables: give data_format='hf' "
+                             "(--data-format hf) too")
+        if self.tables and (self.in_memory or self.csv):
+            raise ValueError("data_format='hf' and csv both say what the labels are: give one of them")
+        if not self.stream and (odd := given(('epoch_images', 'buffer'))):
+            raise ValueError(f"{odd}={getattr(self, odd)} is said of a stream: give stream=True (--stream) too")
+        if not self.stream: return
+        if in_memory(self.path):
+            raise ValueError("a data set in memory is not streamed: leave stream out, or give the folder of its shards")
+        if odd := given(('folds', 'cache', 'cache_in', 'group', 'on_bad', 'valid_pct')):
+            raise ValueError(f"{odd} looks at all images beforehand, and a stream is read as it comes: leave out "
+                             f"{odd} or stream")
+        if self.valid == 'none':
+            raise ValueError("a stream holds no images out: name the validation split (valid=, --valid)")
+
     def resolved(self) -> 'DataSource': # the same source from any working directory
         "The source with absolute paths."
-        here = {k: str(f.resolve()) for k in ('csv', 'classes', 'train', 'valid') if (f := self.file(k))}
-        for k in ('train', 'valid'): # a list in the data folder moves with it
-            if (Path(self.path)/getattr(self, k)).exists(): here.pop(k, None)
+        lists = () if self.tables else ('train', 'valid')
+        here = {k: str(f.resolve()) for k in ('csv', 'classes', *lists) if (f := self.file(k))}
+        for k in lists: # a list in the data folder moves with it
+            if (self.root/getattr(self, k)).exists(): here.pop(k, None)
         if self.cache_in: here['cache_in'] = str(Path(self.cache_in).resolve())
-        return replace(self, path=str(Path(self.path).resolve()), **here)
+        # an address, or a name on the hub, is the same from everywhere
+        there = in_memory(self.path) or self.tables and not self.root.exists()
+        return replace(self, path=self.path if there else str(self.root.resolve()), **here)
 
     def file(self,
         field: str # 'csv', 'classes', 'train' or 'valid'
@@ -203,12 +252,12 @@ class DataSource(PlainData):
         "The file that a field names: lists are sought in the data folder first, tables and class lists here first."
         name = getattr(self, field)
         if not isinstance(name, str) or not name or name == 'none': return None
-        places = [Path(self.path)/name, Path(name)]
+        places = [self.root/name, Path(name)]
         if field in ('csv', 'classes'): places.reverse()
         found = [o for o in places if o.is_file()]
         if len(found) > 1 and not found[0].samefile(found[1]):
             raise ValueError(f"{name!r} is here and in {self.path!r}: write which is meant, {str(Path(name).resolve())!r} or "
-                             f"{str((Path(self.path)/name).resolve())!r}")
+                             f"{str((self.root/name).resolve())!r}")
         return found[0] if found else None
 
     def options(self) -> list: # words of a command line; `path` is its argument
@@ -222,17 +271,22 @@ class DataSource(PlainData):
     ) -> 'DataSource': # the same source, absolute, all of it in files
         "Write what is in memory, a table or class names, to files in `folder`: `data.toml` can then say it all."
         here, folder = {}, Path(folder).resolve()
+        if in_memory(self.path):
+            raise ValueError("a data set in memory is not found again by a run that is resumed: write it with "
+                             "save_to_disk('FOLDER'), "
+                             "and train on 'FOLDER' with data_format='hf'")
         if self.in_memory: here['csv'] = str(write_text(folder/kept_files['csv'], self.csv.to_csv(index=False)))
         if isinstance(self.classes, tuple):
             here['classes'] = str(write_text(folder/kept_files['classes'], '\n'.join(self.classes)+'\n'))
         return replace(self, **here).resolved()
 
 def data_source(
-    data: str|Path|DataSource, # the data folder, the `data.toml` of a run folder, or a source
+    data: str|Path|DataSource, # the data folder, the `data.toml` of a run folder, a source, or a `datasets.Dataset`
     **changes # fields of `DataSource` to change
 ) -> DataSource: # with these changes
     "The source that `data` names."
     if isinstance(data, DataSource): return replace(data, **changes) if changes else data
+    if in_memory(data): return DataSource.from_dict(dict(changes, path=data))
     if Path(data).suffix == '.toml' and Path(data).is_file(): return data_source(DataSource.load(data), **changes)
     return DataSource.from_dict(dict(changes, path=data))
 
@@ -366,7 +420,7 @@ def _check_files(samples: list[Sample], what: str):
     for s in samples:
         if (was := labels.setdefault(os.path.abspath(s.path), s.label)) != s.label: # however its path is written
             raise ValueError(f"{what} gives {str(s.path)!r} two labels, {was!r} and {s.label!r}: keep one")
-    if gone := [s.path for s in samples if not os.path.isfile(s.path)]:
+    if gone := [s.path for s in samples if not image_there(s.path)]:
         raise FileNotFoundError(f"{counted(len(gone), 'file')} of {what} not there, the first: {str(gone[0])!r}{_hint(gone[0])}; "
                                 "`mstoolkit check` lists all")
 
@@ -435,6 +489,79 @@ def list_samples(
     if not samples: raise ValueError(f"{str(file)!r} lists no images")
     return samples
 
+# %% ../../nbs/160_data.sources.ipynb #3b9d71c5
+def _splits_of(
+    source: DataSource # of images in tables
+) -> tuple[Tables, str, str]: # the tables, the names of the training and of the validation split; '' where there is none
+    "Where the tables are, and which of their splits are meant."
+    tables = find_tables(source.path, split_of)
+    names = split_names_of(tables)
+    def pick(name, usual, what):
+        if name in names: return name
+        found = [o for o in names if split_of(o) == what] if name == usual else []
+        if len(found) > 1:
+            raise ValueError(f"{' and '.join(map(repr, found))} are both names of a {what} split: name the one that "
+                             "is meant")
+        return found[0] if found else ''
+    train, valid = pick(source.train, 'train', 'train'), pick(source.valid, 'val', 'valid')
+    for name, found in (source.train, train), (source.valid, valid):
+        if not found and name not in ('val', 'none'):
+            raise ValueError(f"there is no split {name!r} in {_called(source)}. Known: {', '.join(names)}")
+    return tables, train, valid
+
+def _called(source: DataSource) -> str: return 'the data set' if in_memory(source.path) else repr(source.path)
+
+def table_images(
+    source: DataSource, # of images in tables
+    splits: list[str], # names of splits, as the tables have them
+    labelled: bool = True # false: there need be no labels
+) -> list[list[Sample]]: # of each split, in the order that a folder of the same images would have
+    "The images of splits of tables."
+    rows = table_rows(find_tables(source.path, split_of), splits, source.root, image=source.image_column,
+                      label=source.label_column if labelled else None, group=source.group if labelled else '')
+    order = lambda s: (natural_key(s.label), natural_key(s.path))
+    return [sorted((Sample(*o) for o in own), key=order) for own in rows]
+
+def stream_samples(
+    source: DataSource, # of a stream
+    seed: int # of the order of its shards
+) -> tuple[list[str], Stream, list[Sample]]: # class names, the training images, validation samples
+    "A stream of training images, and what it is validated on."
+    tables, train, valid = _splits_of(source)
+    if not valid:
+        raise ValueError(f"a stream needs a split to be validated on, and {source.path!r} has "
+                         f"{', '.join(split_names_of(tables))}: "
+                         "name one (valid=, --valid)")
+    s = Stream(tables, train, source.root, n=source.epoch_images, buffer=source.buffer, seed=seed, rank=process_rank(),
+               processes=n_processes(), image=source.image_column, label=source.label_column)
+    classes = source.file('classes') or source.classes
+    listed = listed_classes(classes)
+    names = listed or sorted(s.classes or s.labels(), key=natural_key)
+    if listed and not any(o.isdecimal() for o in names): # labels that are numbers stand for them
+        numbers = _listed_numbers(classes) if isinstance(classes, (str, Path)) else None
+        s.named = {str(k): o for k, o in (numbers or dict(enumerate(names))).items()}
+    if len(names) < 2:
+        raise ValueError(f"there is only one class, {', '.join(names)!r}: a classifier needs two classes or more")
+    s.classes, [held] = frozenset(names), table_images(source, [valid])
+    held = [replace(o, label=s.named.get(o.label, o.label)) for o in held]
+    if bad := next((o for o in held if o.label not in names), None):
+        raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and none of the {len(names)} "
+                         "classes of the stream")
+    return names, s, held
+
+def images_named(
+    source: DataSource, # that a run was trained on
+    names: Iterable[str] # of its images, as the tables of a run have them
+) -> dict: # name → image; those that are gone are left out
+    "The images of a source by name."
+    root = source.root
+    if not source.tables: return {o: root/o for o in names if (root/o).is_file()}
+    tables, train, valid = _splits_of(source)
+    splits = [valid] if source.stream else [o for o in (train, valid) if o]
+    every = {s.path.relative_to(root).as_posix() if s.path.is_relative_to(root) else str(s.path): s.path
+             for own in table_images(source, splits) for s in own}
+    return {o: every[o] for o in names if o in every}
+
 # %% ../../nbs/160_data.sources.ipynb #a3760e25
 def _listed(
     source: DataSource # has a list file for its training images
@@ -468,6 +595,10 @@ def left_aside(
 ) -> str: # '24 rows of the test split', "folder 'test'"; '' where there is none
     "What a source holds for testing, which no training looks at."
     source = data_source(source)
+    if source.tables:
+        names = split_names_of(find_tables(source.path, split_of))
+        held = [o for o in names if split_of(o) == 'test' and o not in (source.train, source.valid)]
+        return f"split {', '.join(map(repr, held))}" if held else ''
     if source.in_memory or source.csv:
         df = _read_table(source.csv if source.in_memory else source.file('csv') or source.csv)
         n = sum(split_of(o) == 'test' for o in df['split'].dropna()) if 'split' in df else 0
@@ -482,9 +613,14 @@ def source_samples(
 ) -> tuple[list[Sample], list[Sample]]: # training and validation samples; the latter may be empty
     "The samples of a data source, whichever way it names them; no image may be in both lists."
     source = data_source(source)
-    path, valid = Path(source.path), 'none' if source.folds else source.valid
-    if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
-    if source.in_memory or source.csv:
+    path, valid = source.root, 'none' if source.folds else source.valid
+    if source.tables:
+        _, train, held = _splits_of(source)
+        found, what = table_images(source, [train, held] if held else [train]), 'the table'
+        tr, va = found[0], found[1] if held else []
+        if not tr: raise ValueError(f"the split {train!r} of {_called(source)} has no rows")
+    elif not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
+    elif source.in_memory or source.csv:
         table = source.csv if source.in_memory else source.file('csv') or source.csv
         (tr, va), what = table_samples(table, path, group=source.group), 'the table'
     elif source.file('train'): tr, va, what = _listed(replace(source, valid=valid))

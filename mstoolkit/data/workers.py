@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,11 @@ def end_loader(
         try: return it._shutdown_workers() if hasattr(it, '_shutdown_workers') else None
         except RuntimeError: pass
 
+class _Jobs:
+    "What the loader goes through: each job is made when a process is given it, so that a stream need not be read ahead of time."
+    def __init__(self): self.todo: Iterable = ()
+    def __iter__(self): return iter(self.todo)
+
 class Workers:
     "Processes that work off one list of jobs after another, until they are closed."
     known = None # what they were started on, for their owner to compare
@@ -104,7 +109,7 @@ class Workers:
         seed: int = 0 # of the global random streams in the processes, no two of which are alike
     ):
         ahead = 2 # jobs a process is given in advance
-        self.jobs, self.pid, self.busy = [], os.getpid(), False
+        self.jobs, self.pid, self.busy = _Jobs(), os.getpid(), False
         # for all jobs under way, and the batch that is being read
         self.slots = _shared_slots(ahead*n + 1, slot_size) if slot_size else []
         self.loader = torch.utils.data.DataLoader(
@@ -116,11 +121,11 @@ class Workers:
         atexit.register(self.close)
 
     def run(self,
-        jobs: list[tuple] # the arguments of `do`, job by job; the next ones are begun before they are asked for
+        jobs: Iterable[tuple] # the arguments of `do`, job by job; the next ones are begun before they are asked for
     # what `do` returns, in the order of `jobs`; bare tensors if the first is in `out`, gone when the next is asked for
     ) -> Iterator:
         "Do the jobs."
-        self.jobs[:], self.busy = enumerate(jobs), True
+        self.jobs.todo, self.busy = enumerate(jobs), True
         try:
             for i, b in enumerate(start_loader(self.loader)):
                 if isinstance(b[0], torch.Size):

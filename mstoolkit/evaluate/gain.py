@@ -18,6 +18,7 @@ from fastai.learner import Learner
 
 from ..classifier import Classifier
 from ..core import choice
+from ..data.sources import images_named
 from .stats import accuracy_interval, holm, mcnemar, paired_interval
 from ..models.views import allowed_views, view_sets
 from ..predict import predict_views, takes_one_size
@@ -32,12 +33,13 @@ def labelled_images(
         items = model.dls.valid_ds.items
         return Classifier.from_learner(model), [s.path for s in items], [s.label for s in items]
     run = Several(Path(model)) if Several.is_one(model) else Run(Path(model))
-    root, rows = Path(run.source.path), run.preds
-    gone = [o for o in rows.image if not (root/o).is_file()]
-    if gone:
-        raise FileNotFoundError(f"{len(gone)} of {len(rows)} validation images of {str(run.path)!r} are no longer "
-                                f"at {str(root)!r}, such as {gone[0]!r}: put them back")
-    return Classifier.load(run.path), [root/o for o in rows.image], list(rows.label)
+    rows = run.preds
+    there = images_named(run.source, rows.image)
+    if gone := [o for o in rows.image if o not in there]:
+        raise FileNotFoundError(f"{len(gone)} of {len(rows)} validation images of {str(run.path)!r} are no longer at "
+                                f"{str(run.source.path)!r}, such as {gone[0]!r}: put them back, or give images where "
+                                "a command takes them")
+    return Classifier.load(run.path), [there[o] for o in rows.image], list(rows.label)
 
 # %% ../../nbs/725_evaluate.gain.ipynb #647d6e44
 def _row(name: str, p: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> dict:

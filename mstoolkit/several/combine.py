@@ -22,7 +22,7 @@ from torch import nn
 
 from ..classifier import Classifier, average_models
 from ..core import check_new, choice, counted, new_folder, write_text
-from ..data.core import settled_samples
+from ..data.core import known_samples, settled_samples
 from ..data.sources import DataSource, Sample, data_source, fold_split
 from ..evaluate.stats import accuracy_interval, holm, mcnemar
 from ..predict import predict_probs
@@ -182,7 +182,7 @@ def _trained_on(path: Path) -> set: # resolved paths; of a bare model file, noth
     for f in folders:
         if f.is_dir() and run_file(f, 'source').is_file() and run_file(f, 'recipe').is_file():
             tr = settled_samples(DataSource.load(run_file(f, 'source')), load_recipe(run_file(f, 'recipe')).seed)[1]
-            out |= {s.path.resolve() for s in tr}
+            out |= {s.path.resolve() for s in known_samples(tr)}
     return out
 
 def _held_out(paths: list[Path], data, given: dict) -> tuple[DataSource, int, list[Sample], list[Sample]]:
@@ -200,7 +200,7 @@ def _held_out(paths: list[Path], data, given: dict) -> tuple[DataSource, int, li
             raise ValueError(f"{str(p)!r} was trained on {len(seen)} of the {len(va)} validation images, such as "
                              f"{str(min(seen))!r}: to choose by them would flatter it; give images that no run was "
                              "trained on (data=, --data)")
-    return source, seed, tr, va
+    return source, seed, known_samples(tr), va
 
 def _names(paths: list[Path]) -> list[str]:
     "Names for runs: their folders', with those of the folders above where that is not enough."

@@ -28,7 +28,7 @@ from torch import nn
 
 from ..classifier import Classifier, model_digest
 from ..core import atomic_folder, atomic_path, check_new, choice, counted
-from ..data.core import settled_samples
+from ..data.core import known_samples, settled_samples
 from ..data.image import pixels_of, scale_shift
 from ..data.sources import image_files
 from ..evaluate.attribution import added_maps, logit_maps
@@ -375,7 +375,7 @@ def _calibration_batches(model: Path, sizes: list[int], n: int = 256) -> list: #
     if not _is_run(model) or Several.is_one(model):
         raise ValueError(_no_training.format(str(model)))
     run = Run(model)
-    train = settled_samples(run.source, run.recipe.seed)[1]
+    train = known_samples(settled_samples(run.source, run.recipe.seed)[1])
     files = [s.path for s in _spread(train, n)]
     return [Runner.batch([pixels_of(f, sizes) for f in some]) for some in in_batches(files, [16])]
 
