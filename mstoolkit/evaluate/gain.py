@@ -37,8 +37,7 @@ def labelled_images(
     there = images_named(run.source, rows.image)
     if gone := [o for o in rows.image if o not in there]:
         raise FileNotFoundError(f"{len(gone)} of {len(rows)} validation images of {str(run.path)!r} are no longer at "
-                                f"{str(run.source.path)!r}, such as {gone[0]!r}: put them back, or give images where "
-                                "a command takes them")
+                                f"{str(run.source.path)!r}, such as {gone[0]!r}: put them back")
     return Classifier.load(run.path), [there[o] for o in rows.image], list(rows.label)
 
 # %% ../../nbs/725_evaluate.gain.ipynb #647d6e44
