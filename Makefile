@@ -33,7 +33,7 @@ demo: $(STAMP)
 
 test: $(STAMP) lint
 	$(BIN)/nbdev-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
