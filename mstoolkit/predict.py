@@ -20,7 +20,7 @@ from fastai.learner import Learner
 
 from .classifier import Classifier, average_models
 from .core import atomic_path, check_new, choice, counted, pick_device, track
-from .data.sources import DataSource, formula_starts, image_files, split_of, table_images
+from .data.sources import DataSource, formula_starts, image_files, image_name, split_of, table_images
 from .data.tables import find_tables, split_names_of
 from .evaluate.calibration import tempered
 from .models.arithmetic import check_precision
@@ -91,20 +91,23 @@ def _images_to_predict(folder: str|Path|DataSource, split: str) -> tuple[Path, l
         root = folder.root if isinstance(folder, DataSource) else Path(folder)
         files = image_files(root)
     else:
-        root, names = folder.root, split_names_of(find_tables(folder.path, split_of))
+        root, tables = folder.root, find_tables(folder.path, split_of)
+        names = split_names_of(tables)
         usual = [o for o in names if split_of(o) == 'test'] or names
         if split: usual = [choice(split, names, 'split')]
         if len(usual) > 1:
             raise ValueError(f"{folder.path!r} has the splits {', '.join(names)}: say which is to be predicted "
                              "(--split)")
-        files = [s.path for s in table_images(folder, usual, labelled=False)[0]]
+        files = [s.path for s in table_images(folder, tables, usual, labelled=False)[0]]
         if not files: raise ValueError(f"the split {usual[0]!r} of {folder.path!r} has no rows")
-    return root, sorted(files, key=lambda f: (f.relative_to(root) if f.is_relative_to(root) else f).with_suffix('').as_posix())
+    return root, sorted(files, key=lambda f: _stem(f, root))
 
 # %% ../nbs/720_predict.ipynb #9cf77202
+def _stem(file: Path, folder: Path) -> str: return Path(image_name(file, folder)).with_suffix('').as_posix()
+
 def _image_names(files: list[Path], folder: Path) -> list[str]:
     "Names without extension, relative to `folder`; two files of one name are an error."
-    names = [(f.relative_to(folder) if f.is_relative_to(folder) else f).with_suffix('').as_posix() for f in files]
+    names = [_stem(f, folder) for f in files]
     seen = {}
     for n, f in zip(names, files):
         if n in seen:

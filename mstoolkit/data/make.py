@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from ..core import atomic_folder, check_new, choice, new_folder, write_text
 from .image import grey_weights
-from .sources import DataSource, class_names, data_source, image_files, source_samples, split_folder
+from .sources import DataSource, class_names, data_source, image_files, image_name, source_samples, split_folder
 from .tables import write_shards
 
 # %% ../../nbs/190_data.make.ipynb #872087e4
@@ -290,8 +290,7 @@ def _to_pack(source: DataSource) -> tuple[dict, list[str]]: # as `write_shards` 
     "The splits of a source, and its classes."
     tr, va = source_samples(source)
     names, tr, va = class_names(tr, va, source.file('classes') or source.classes)
-    root, path = os.path.abspath(source.root), lambda f: os.path.abspath(f)
-    name = lambda f: Path(os.path.relpath(path(f), root)).as_posix() if path(f).startswith(root) else path(f)
+    name = lambda f: image_name(os.path.abspath(f), os.path.abspath(source.root))
     splits = dict(train=[(s.path, name(s.path), s.label, s.group) for s in tr])
     if va: splits['validation'] = [(s.path, name(s.path), s.label, s.group) for s in va]
     test = None if source.listed else split_folder(source.root, 'test')

@@ -7,7 +7,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/data.sources.html.md"""
 # %% auto #0
 __all__ = ['image_suffixes', 'formula_starts', 'split_names', 'kept_files', 'Sample', 'image_format', 'image_files', 'split_of',
            'DataSource', 'data_source', 'class_folders', 'images_in', 'folder_samples', 'split_folder', 'split_folders',
-           'table_samples', 'list_samples', 'class_roots', 'left_aside', 'source_samples', 'read_classes',
+           'table_samples', 'list_samples', 'image_name', 'class_roots', 'left_aside', 'source_samples', 'read_classes',
            'listed_classes', 'numbered_classes', 'class_names', 'stratified_split', 'fold_split']
 
 # %% ../../nbs/160_data.sources.ipynb #c081d8a5
@@ -489,6 +489,15 @@ def list_samples(
     if not samples: raise ValueError(f"{str(file)!r} lists no images")
     return samples
 
+# %% ../../nbs/160_data.sources.ipynb #9c6cdb68
+def image_name(
+    path: str|Path, # an image
+    root: str|Path # the folder of the data
+) -> str: # with slashes
+    "What tables call an image: its path below the data folder, or all of its path where it lies elsewhere."
+    path = Path(path)
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
 # %% ../../nbs/160_data.sources.ipynb #3b9d71c5
 def _splits_of(
     source: DataSource # of images in tables
@@ -513,11 +522,12 @@ def _called(source: DataSource) -> str: return 'the data set' if in_memory(sourc
 
 def table_images(
     source: DataSource, # of images in tables
+    tables: Tables, # that have been found there
     splits: list[str], # names of splits, as the tables have them
     labelled: bool = True # false: there need be no labels
 ) -> list[list[Sample]]: # of each split, in the order that a folder of the same images would have
     "The images of splits of tables."
-    rows = table_rows(find_tables(source.path, split_of), splits, source.root, image=source.image_column,
+    rows = table_rows(tables, splits, source.root, image=source.image_column,
                       label=source.label_column if labelled else None, group=source.group if labelled else '')
     order = lambda s: (natural_key(s.label), natural_key(s.path))
     return [sorted((Sample(*o) for o in own), key=order) for own in rows]
@@ -542,7 +552,7 @@ def stream_samples(
         s.named = {str(k): o for k, o in (numbers or dict(enumerate(names))).items()}
     if len(names) < 2:
         raise ValueError(f"there is only one class, {', '.join(names)!r}: a classifier needs two classes or more")
-    s.classes, [held] = frozenset(names), table_images(source, [valid])
+    s.classes, [held] = frozenset(names), table_images(source, tables, [valid])
     held = [replace(o, label=s.named.get(o.label, o.label)) for o in held]
     if bad := next((o for o in held if o.label not in names), None):
         raise ValueError(f"class {bad.label!r} is in the validation set ({bad.path}) and none of the {len(names)} "
@@ -558,8 +568,7 @@ def images_named(
     if not source.tables: return {o: root/o for o in names if (root/o).is_file()}
     tables, train, valid = _splits_of(source)
     splits = [valid] if source.stream else [o for o in (train, valid) if o]
-    every = {s.path.relative_to(root).as_posix() if s.path.is_relative_to(root) else str(s.path): s.path
-             for own in table_images(source, splits) for s in own}
+    every = {image_name(s.path, root): s.path for own in table_images(source, tables, splits) for s in own}
     return {o: every[o] for o in names if o in every}
 
 # %% ../../nbs/160_data.sources.ipynb #a3760e25
@@ -615,8 +624,8 @@ def source_samples(
     source = data_source(source)
     path, valid = source.root, 'none' if source.folds else source.valid
     if source.tables:
-        _, train, held = _splits_of(source)
-        found, what = table_images(source, [train, held] if held else [train]), 'the table'
+        tables, train, held = _splits_of(source)
+        found, what = table_images(source, tables, [train, held] if held else [train]), 'the table'
         tr, va = found[0], found[1] if held else []
         if not tr: raise ValueError(f"the split {train!r} of {_called(source)} has no rows")
     elif not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")

@@ -261,19 +261,20 @@ def _load(tables: Tables, split: str, image: str, label: str|None):
 
 @contextmanager
 def _opened(shard: str) -> Iterator[BinaryIO]: # a file, or whatever lies at an address
-    if not table_address(shard):
-        with open(shard, 'rb') as f: yield f
-        return
-    import fsspec
-    with fsspec.open(shard, 'rb') as f: yield f
+    "Open a shard; what its readers raise is said in one way."
+    import pyarrow
+    try:
+        if table_address(shard):
+            import fsspec
+            with fsspec.open(shard, 'rb') as f: yield f
+        else:
+            with open(shard, 'rb') as f: yield f
+    except (pyarrow.ArrowInvalid, OSError, tarfile.TarError, EOFError) as e:
+        raise ValueError(f"the shard {shard!r} cannot be read, as if it were cut off: {_one_line(e)}") from e
 
 def _footer(shard: str): # what a Parquet file says of itself, at its end
-    import pyarrow
     import pyarrow.parquet as pq
-    try:
-        with _opened(shard) as f: return pq.ParquetFile(f).metadata
-    except (pyarrow.ArrowInvalid, OSError) as e:
-        raise ValueError(f"the shard {shard!r} cannot be read, as if it were cut off: {_one_line(e)}") from e
+    with _opened(shard) as f: return pq.ParquetFile(f).metadata
 
 def split_names_of(
     tables: Tables # from `find_tables`
@@ -399,16 +400,13 @@ def _shard_features(tables: Tables, shard: str) -> dict:
     datasets = _hf()
     import pyarrow as pa
     import pyarrow.parquet as pq
-    try:
-        with _opened(shard) as f:
-            if tables.kind == 'webdataset':
-                first = next(_tar_samples(f), {})
-                kinds = {k: datasets.Image() if k in _image_ends else datasets.Value('string') for k in first}
-                return {k: v for k, v in kinds.items() if k != '__key__'}
-            schema = pq.ParquetFile(f).schema_arrow if tables.kind == 'parquet' else pa.ipc.open_stream(f).schema
-        return dict(datasets.Features.from_arrow_schema(schema))
-    except (pa.ArrowInvalid, OSError, tarfile.TarError) as e:
-        raise ValueError(f"the shard {shard!r} cannot be read, as if it were cut off: {_one_line(e)}") from e
+    with _opened(shard) as f:
+        if tables.kind == 'webdataset':
+            first = next(_tar_samples(f), {})
+            kinds = {k: datasets.Image() if k in _image_ends else datasets.Value('string') for k in first}
+            return {k: v for k, v in kinds.items() if k != '__key__'}
+        schema = pq.ParquetFile(f).schema_arrow if tables.kind == 'parquet' else pa.ipc.open_stream(f).schema
+    return dict(datasets.Features.from_arrow_schema(schema))
 
 _image_ends = 'jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif', 'heic', 'ppm' # of the files of a tar
 
@@ -468,22 +466,18 @@ class Stream:
         start: int = 0 # row to begin with
     ) -> Iterator[tuple]: # (image, label)
         "The images of a shard."
-        import pyarrow
         c, name = self.columns, os.path.basename(shard)
-        try:
-            with _opened(shard) as f:
-                for i, row in enumerate(_readers[self.kind](f, start, [c.image, c.label]), start):
-                    cell = row[c.image]
-                    path = cell.get('path') if isinstance(cell, dict) else None
-                    called = self.root/(path or f'{name}/{i}')
-                    label = c.text(row[c.label], f'row {i} of {name}')
-                    label = self.named.get(label, label)
-                    if self.classes and label not in self.classes:
-                        raise ValueError(f"row {i} of {name} has the label {label!r}, which is none of the "
-                                         f"{len(self.classes)} classes")
-                    yield TableImage(called, HeldBytes(_cell_bytes(cell))), label
-        except (pyarrow.ArrowInvalid, OSError, tarfile.TarError, EOFError) as e:
-            raise ValueError(f"the shard {shard!r} cannot be read, as if it were cut off: {_one_line(e)}") from e
+        with _opened(shard) as f:
+            for i, row in enumerate(_readers[self.kind](f, start, [c.image, c.label]), start):
+                cell = row[c.image]
+                path = cell.get('path') if isinstance(cell, dict) else None
+                called = self.root/(path or f'{name}/{i}')
+                label = c.text(row[c.label], f'row {i} of {name}')
+                label = self.named.get(label, label)
+                if self.classes and label not in self.classes:
+                    raise ValueError(f"row {i} of {name} has the label {label!r}, which is none of the "
+                                     f"{len(self.classes)} classes")
+                yield TableImage(called, HeldBytes(_cell_bytes(cell))), label
 
     def head(self,
         n: int = 64 # images

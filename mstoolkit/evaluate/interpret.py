@@ -27,6 +27,7 @@ from ..callback.core import table_columns
 from ..callback.progress import RunHistory
 from ..callback.tracker import metric_mode
 from ..core import natural_key
+from ..data.sources import image_name
 from .stats import accuracy_interval
 from ..runs import file_names, read_history, read_predictions
 
@@ -151,7 +152,7 @@ def _image_names(dl, n: int, root: str|Path) -> list[str]:
     items = list(getattr(dl, 'items', range(n)))
     paths = [getattr(o, 'path', o) for o in items]
     if not all(isinstance(o, (str, Path)) for o in paths): return [str(i) for i in range(n)]
-    return [Path(o).relative_to(root).as_posix() if Path(o).is_relative_to(root) else str(o) for o in paths]
+    return [image_name(o, root) for o in paths]
 
 # %% ../../nbs/520_evaluate.interpret.ipynb #fcf94000
 def prediction_frame(

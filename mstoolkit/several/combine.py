@@ -23,7 +23,7 @@ from torch import nn
 from ..classifier import Classifier, average_models
 from ..core import check_new, choice, counted, new_folder, write_text
 from ..data.core import known_samples, settled_samples
-from ..data.sources import DataSource, Sample, data_source, fold_split
+from ..data.sources import DataSource, Sample, data_source, fold_split, image_name
 from ..evaluate.stats import accuracy_interval, holm, mcnemar
 from ..predict import predict_probs
 from ..recipe import load_recipe
@@ -272,8 +272,7 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
                          names=[title(o) for o in kept.weights], metrics=dict(accuracy=float(right.mean())))
     clf.save(run_file(out, 'model'))
     source.kept_in(out).save(run_file(out, 'source'))
-    root, i = Path(source.path), own.argmax(1)
-    image = [o.path.relative_to(root).as_posix() if o.path.is_relative_to(root) else str(o.path) for o in va]
+    image, i = [image_name(o.path, source.root) for o in va], own.argmax(1)
     df = pd.DataFrame(dict(image=file_names(image), label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
                            confidence=own.max(1), label_confidence=own[np.arange(len(i)), s.y]))
     write_text(run_file(out, 'preds'), df.to_csv(index=False))
