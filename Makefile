@@ -10,6 +10,9 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sy
 
 export NO_ALBUMENTATIONS_UPDATE = 1
 
+# tests run side by side, a thread each: more would wait for one another
+ONE = OMP_NUM_THREADS=1
+
 .PHONY: help demo test test-slow test-cuda lint library notebooks readme docs docs-serve clean
 
 help:
@@ -32,8 +35,8 @@ demo: $(STAMP)
 	$(BIN)/mstoolkit demo --out demo
 
 test: $(STAMP) lint
-	$(BIN)/nbdev-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(ONE) $(BIN)/nbdev-test
+	$(ONE) $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -27,8 +27,8 @@ import torch
 from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
-from .core import (atomic_path, check_new, choice, folder_name, import_plugins, process_age, share_processors,
-                            write_text)
+from .core import (atomic_path, check_new, choice, connected_ray, folder_name, import_plugins, process_age,
+                            share_processors, write_text)
 from .data.check import check_samples
 from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
@@ -199,10 +199,8 @@ def _here(jobs: list[Job], source: Path, threads: int) -> Iterator[tuple]:
 # %% ../nbs/740_ablation.ipynb #7384063c
 def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
     "Run the jobs on a Ray cluster."
-    try: import ray
-    except ImportError as e: raise ImportError("Ray is not installed: pip install mstoolkit[ray]") from e
-    if not ray.is_initialized(): ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    have, (source, threads) = ray.cluster_resources(), args
+    ray, (source, threads) = connected_ray(), args
+    have = ray.cluster_resources()
     gpus = int(have.get('GPU', 0))
     if gpus: threads = max(1, min(threads, int(have['CPU']//gpus)))
     remote = ray.remote(num_cpus=threads, num_gpus=int(gpus > 0))(_start_and_wait)
@@ -293,6 +291,7 @@ def _estimates(jobs: list[Job], source: DataSource) -> dict:
         if j.done: past.setdefault(j.cell, []).append(Run(j.folder).env.get('seconds', 0))
     for j in jobs:
         if j.done: continue
+        if j.cell not in past and j.recipe.minutes: past[j.cell] = [60*j.recipe.minutes]
         if j.cell not in past:
             r, key = j.recipe, tuple(getattr(j.recipe, o) for o in _costs)
             if key not in steps:

@@ -29,6 +29,7 @@ from . import __version__
 from .core import (RunError, check_new, choice, counted, first_to_fail, import_plugins, n_processes, others_at_work,
                             out_of_memory, pick_device, process_age, share_processors, write_text)
 from .data.sources import DataSource, data_source
+from .data.tables import table_address
 from .recipe import PlainData, Recipe, load_recipe, recipes
 
 # %% ../nbs/810_cli.ipynb #c64b4d86
@@ -118,6 +119,10 @@ def _source(data: Path, given: dict) -> DataSource:
     source = data_source(data, **given)
     if not source.tables: _folder(Path(source.path)) # tables may also lie at an address, or on the hub
     return source
+
+def _images(images: Path, given: dict) -> DataSource:
+    "What is to be predicted: a source as of `_source`, a list, or an address."
+    return data_source(images, **given) if images.suffix == '.txt' or table_address(images) else _source(images, given)
 
 def _import_plugins(names: list[str]|None):
     if names: import_plugins(names)
@@ -274,9 +279,11 @@ def predict(
     source_fields: dict, # the images' options
     models: Annotated[list[Path], typer.Argument(
         help="run folder, model file, or .pt checkpoint of Report A's scripts; of several, their average")],
-    images: Annotated[Path, typer.Argument(help="folder of images; with --data-format hf, tables of them")],
-    out: Annotated[Path, typer.Option('--out', '-o',
-        help="CSV to write: image_name,pred_label; - writes to standard output")] = Path('prediction.csv'),
+    images: Annotated[Path, typer.Argument(
+        help="folder of images, .txt with a path in each line, or address; with --data-format hf, tables of them")],
+    out: Annotated[Optional[Path], typer.Option('--out', '-o',
+        help="CSV to write: image_name,pred_label; - writes to standard output; prediction.csv. "
+             "With --ray a folder; prediction")] = None,
     split: Annotated[str, typer.Option(help="with hf: the split to predict; test, or the only one")] = '',
     force: Annotated[bool, typer.Option('--force', help="replace a CSV that is there")] = False,
     tta: Annotated[str, typer.Option(autocompletion=_complete(_names['tta']),
@@ -290,23 +297,50 @@ def predict(
     zip: Annotated[bool, typer.Option('--zip',
         help="write a .zip that holds the CSV, for competition servers")] = False,
     on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
-        help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
+        help="unreadable images: error (name them and stop) or skip (name them and go on); error, or skip with --ray")] = '',
     bs: Annotated[int, typer.Option(help="images in a batch")] = 64,
     num_workers: _Workers = -1,
     device: _Device = 'auto',
     precision: Annotated[str, typer.Option(autocompletion=_complete(_names['precision']),
         help="numbers computed in: fp32; exact (fp32, the same bits every time); bf16, fp16, or auto (fastest, compiled too)")] = 'fp32',
+    ray: Annotated[bool, typer.Option('--ray',
+        help="on a Ray cluster, or all processors of this machine, into a folder of parts; the same command goes on "
+             "with what a stopped one has left", rich_help_panel='Cluster')] = False,
+    workers: Annotated[int, typer.Option(min=0, rich_help_panel='Cluster',
+        help="with --ray: models at work; 0: one for each GPU, or for each processor")] = 0,
+    part_images: Annotated[int, typer.Option(min=1, rich_help_panel='Cluster', help="with --ray: images in a part")] = 2048,
+    parquet: Annotated[bool, typer.Option('--parquet', help="with --ray: parts are Parquet files, not CSV",
+        rich_help_panel='Cluster')] = False,
     plugin: Plugin = None,
 ):
     "Classify a folder of images into a CSV."
+    if ray:
+        unfit = dict(zip=zip, force=force, num_workers=num_workers >= 0, out=str(out) == '-')
+        if odd := [k.replace('_', '-') for k, v in unfit.items() if v]:
+            word = '--out -' if odd[0] == 'out' else f'--{odd[0]}'
+            raise ValueError(f"with --ray there is no {word}: answers go into a folder of parts")
+        choice(tta, _names['tta'], 'tta')
+        from mstoolkit.ship.cluster import predict_cluster
+        kw: dict[str, Any] = dict(split=split, part_images=part_images, parquet=parquet, workers=workers, device=device)
+        kw |= dict(tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad or 'skip', bs=bs, precision=precision)
+        n = predict_cluster(models, _images(images, source_fields), out := out or Path('prediction'), **kw)
+        there = f", {n['there_before']} of them there before" if n['there_before'] else ''
+        lost = f"; {counted(n['unreadable'], 'image')} could not be read: {out/'unreadable.csv'}"
+        bad = lost if n['unreadable'] else ''
+        print(f"{counted(n['predicted'], 'prediction')} in {out} ({counted(n['parts'], 'part')}{there}){bad}")
+        return
+    alone = {'--workers': workers, '--part-images': part_images != 2048, '--parquet': parquet}
+    if odd := [k for k, v in alone.items() if v]:
+        raise ValueError(f"{odd[0]} has no effect without --ray")
+    out = out or Path('prediction.csv')
     to_stdout, file = str(out) == '-', out.with_suffix('.zip') if zip else out
     if to_stdout and zip: raise ValueError("--zip writes a file: give --out another name than -")
     if not to_stdout: check_new(file, force=force)
-    source = _source(images, source_fields)
+    source = _images(images, source_fields)
     choice(tta, _names['tta'], 'tta')
     from mstoolkit.predict import predict_folder, write_predictions
     how: dict[str, Any] = dict(bs=bs, device=device, precision=precision, num_workers=None if num_workers < 0 else num_workers)
-    df = predict_folder(models, source, split=split, tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad, **how)
+    df = predict_folder(models, source, split=split, tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad or 'error', **how)
     if to_stdout: print(df.to_csv(index=False), end='')
     else: write_predictions(df, out, zip=zip, force=force)
     print(f"{counted(len(df), 'prediction')} in {'standard output' if to_stdout else file}",

@@ -26,7 +26,7 @@ from fastcore.basics import listify
 from .callback.progress import RunHistory
 from .callback.speed import FrozenBody, KeepWorkers
 from .data.core import input_size, set_stats
-from .models.fusion import multiscale_model
+from .models.fusion import check_collapse, multiscale_model
 from .models.split import stage_splitter
 
 # %% ../nbs/610_learner.ipynb #639d2a78
@@ -54,6 +54,7 @@ def fusion_learner(
     if not n_out: raise ValueError("the number of classes is not known from `dls`: give n_out=")
     model = multiscale_model(backbone, head, n_out, pretrained=pretrained, weights_file=weights_file, n_stages=n_stages,
                              img_size=input_size(dls), timm_kw=timm_kw, **(head_kw or {}))
+    check_collapse(model)
     if recompute: model[0].recompute()
     if normalize: set_stats(dls, model[0].mean, model[0].std)
     learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func,

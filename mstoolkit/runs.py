@@ -144,7 +144,7 @@ def _lock(f, run: Path):
     # unlike `flock`, not shared with loader processes, which outlive a kill by some seconds
     try: fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process is training in {str(run)!r}: wait for it, or stop it") from None
+        raise ValueError(f"another process is at work in {str(run)!r}: wait for it, or stop it") from None
     except OSError: return  # a file system without locks
 
 # %% ../nbs/420_runs.ipynb #e4709804
@@ -155,12 +155,14 @@ def one_writer(
     "Hold the lock of a run folder; leave no checkpoint folder that holds no checkpoint."
     lock, state = run_file(run, 'lock'), run_file(run, 'state')
     lock.parent.mkdir(exist_ok=True)
+    mine = False
     try:
         with lock.open('w') as f:
             if fcntl: _lock(f, Path(run))
+            mine = True
             yield
     finally:
-        if lock.parent.is_dir() and not state.exists(): shutil.rmtree(lock.parent, ignore_errors=True)
+        if mine and lock.parent.is_dir() and not state.exists(): shutil.rmtree(lock.parent, ignore_errors=True)
 
 def stopped_run(
     run: str|Path # a run folder

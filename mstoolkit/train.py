@@ -9,14 +9,13 @@ __all__ = ['optimizers', 'losses', 'schedules', 'recipe_dls', 'recipe_learner', 
            'images_of', 'resume_run']
 
 # %% ../nbs/710_train.ipynb #d5c02dbd
-import ast
 import hashlib
 import math
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -59,6 +58,7 @@ from .evaluate.interpret import plot_curves, prediction_table
 from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, fast_precisions, layouts, precisions
+from .models.backbone import timm_options
 from .models.memory import largest_batch
 from .models.views import larger_sizes
 from .plan import auto_recipe
@@ -96,13 +96,6 @@ def recipe_dls(
     return dls
 
 # %% ../nbs/710_train.ipynb #628b13ac
-def _timm_options(words: Iterable[str]) -> dict:
-    "Options of timm from 'NAME=VALUE': numbers and the like as such, other values as text."
-    def value(v):
-        try: return ast.literal_eval(v)
-        except (ValueError, SyntaxError): return v
-    return {k: value(v) for k, _, v in (o.partition('=') for o in words)}
-
 def recipe_learner(
     r: Recipe, # what to do
     dls: DataLoaders # from `recipe_dls`
@@ -131,7 +124,7 @@ def recipe_learner(
     if r.clip: cbs.append(GradientClip(r.clip))
     cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format, r.compile))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
-                           n_stages=r.n_stages, timm_kw=_timm_options(r.timm), loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
+                           n_stages=r.n_stages, timm_kw=timm_options(r.timm), loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
                            wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs, recompute=r.recompute)
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()

@@ -147,6 +147,8 @@ def test_a_dry_run_writes_nothing(tmp_path, navon, capsys):
     assert run_study(HEADS, navon, tmp_path/'s', recipe=BASE, seeds=2, dry_run=True) is None
     out = capsys.readouterr().out
     assert 'plain, seed 1' in out and '4 of 4 runs to do' in out and not (tmp_path/'s').exists()
+    run_study(HEADS, navon, tmp_path/'s', recipe=replace(BASE, epochs=0, minutes=3), seeds=2, dry_run=True)
+    assert 'in all about 12 min' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('text,what', [('a = 1', "unknown key of a study file"), ('name = "x"', 'needs either'), ('= 1', 'is not TOML'),

@@ -87,6 +87,19 @@ def test_from_scratch_where_there_are_no_weights(ranked, image_folder):
     assert 'from scratch' in told[0] and '--weights-dir' in told[1]
 
 
+def test_a_network_from_scratch_is_as_wide_as_time_allows(ranked, image_folder, monkeypatch):
+    ranked()
+    def speed(images_s):
+        monkeypatch.setattr(plan, 'time_backbone', lambda *a, timm_kw, **kw: images_s*512/timm_kw.get('channels', [512])[-1])
+        return auto_recipe(image_folder, minutes=5, pretrained=False)
+    needed = 24*plan.scratch_passes/(300*.75) # images a second; the folder has 24 for training
+    for images_s, options in ((1.1*needed, ()), (.8*needed, plan.scratch_widths[1]), (.4*needed, plan.scratch_widths[2]), (0, plan.scratch_widths[2])):
+        r, told = speed(images_s)
+        assert (r.backbone, r.timm, r.size) == (plan.scratch_backbone, options, 64) and ' '.join(['resnet10t', *options]) in told[-1]
+    for options in (['drop_rate=.1'], 'drop_rate=.1'):
+        assert auto_recipe(image_folder, minutes=5, pretrained=False, timm=options)[0].timm == ('drop_rate=.1',)
+
+
 def test_what_is_given_is_kept(ranked, image_folder):
     ranked()
     r, _ = auto_recipe(image_folder, epochs=3, backbone='test_resnet', pretrained=False, size=64, bs=4, lr=.1, augment='none', cutmix=.2, ema=0.)

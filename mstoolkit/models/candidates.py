@@ -116,12 +116,13 @@ def time_backbone(
     device: str|torch.device = 'cpu', # where to
     head: str = 'gated', # a name in `heads`
     n: int = 8, # images of 224 pixels in a step on a CPU, as much in smaller ones; on a GPU it is the batch
-    rounds: int = 2 # steps measured in each way; each way runs once more than that
+    rounds: int = 2, # steps measured in each way; each way runs once more than that
+    timm_kw: dict|None = None # options of the backbone, as `timm.create_model` takes them
 ) -> float: # images a second
     "How fast a model trains here, all of its weights, in the fastest way; nothing random moves on."
     device = torch.device(device)
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        model = multiscale_model(name, head, n_classes, pretrained=False, img_size=size).to(device)
+        model = multiscale_model(name, head, n_classes, pretrained=False, img_size=size, timm_kw=timm_kw).to(device)
         x = few_images(torch.randn(bs, 3, size, size, device=device), n)
     can = ways('auto', 'auto', device)
     took = time_ways(training_step(model, x, can), can, rounds)

@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.fusion.html.md"""
 
 # %% auto #0
 __all__ = ['heads', 'pool_weights', 'pool_like', 'PointwiseConv', 'SqueezeExcite', 'GatedFusion', 'register_head', 'FusionHead',
-           'PlainHead', 'MlpHead', 'PyramidHead', 'GatedHead', 'MultiScaleModel', 'multiscale_model']
+           'PlainHead', 'MlpHead', 'PyramidHead', 'GatedHead', 'MultiScaleModel', 'multiscale_model', 'check_collapse']
 
 # %% ../../nbs/230_models.fusion.ipynb #0453a10d
 import inspect
@@ -355,3 +355,18 @@ def multiscale_model(
     config = dict(backbone=backbone, head=head, n_out=n_out, in_chans=in_chans, n_stages=n_stages,
                   img_size=img_size, **(dict(timm_kw=timm_kw) if timm_kw else {}), **head_kw)
     return MultiScaleModel(body, heads[head](body.channels, n_out, **head_kw), config)
+
+# %% ../../nbs/230_models.fusion.ipynb #c45d1c8c
+def check_collapse(
+    model: MultiScaleModel # about to be trained
+):
+    "Refuse a head of a user's own that collapses although the long way says something else."
+    head = model[1]
+    if not isinstance(head, FusionHead) or type(head).__module__ == __name__ or not head.collapses: return
+    p, sides, was = next(head.parameters()), (7, 4, 2, *[1]*len(model[0].channels)), head.training
+    xs = [torch.linspace(-20, 20, 2*c*s*s).sin().view(2, c, s, s).to(p)*3 for c, s in zip(model[0].channels, sides)]
+    with torch.no_grad(): a, b = head.eval()(xs), head.forward_spatial(xs)
+    head.train(was)
+    if not torch.allclose(a, b, rtol=1e-3, atol=1e-4*float(b.abs().max() + 1)):
+        raise ValueError(f"head {model.config.get('head')!r} answers otherwise on pooled maps than on maps of full size, so "
+                         "something in its `fuse` is not linear in space: say `collapses = False` in the class")
