@@ -46,8 +46,9 @@ def model(image_folder_, tmp_path_factory):
 
 
 def rows(out, ending='csv'):
-    files = sorted(out.glob(f'part-*.{ending}'))
-    return pd.concat([pd.read_csv(f) if ending == 'csv' else pd.read_parquet(f) for f in files], ignore_index=True)
+    read = pd.read_parquet if ending == 'parquet' else lambda f: pd.read_csv(f, dtype=str) # a class is called 10
+    df = pd.concat(map(read, sorted(out.glob(f'part-*.{ending}'))), ignore_index=True)
+    return df.astype({c: float for c in df if c.startswith('confidence')})
 
 
 def same(a, b):
@@ -83,6 +84,7 @@ def test_lists_and_addresses(model, image_folder, tmp_path):
     same(predict_folder(model, f"local://{image_folder/'test'}"), rows(tmp_path/'b'))
 
 
+@pytest.mark.slow
 def test_a_relative_folder(model, image_folder, tmp_path, monkeypatch):
     "Workers are elsewhere."
     monkeypatch.chdir(image_folder)
@@ -90,6 +92,7 @@ def test_a_relative_folder(model, image_folder, tmp_path, monkeypatch):
     same(rows(tmp_path/'out'), predict_folder(model, image_folder/'test'))
 
 
+@pytest.mark.slow
 def test_names_of_any_bytes(model, image_folder, tmp_path):
     os.rename(image_folder/'test'/'2'/'0.png', os.fsencode(image_folder/'test'/'2') + b'/\xff.png')
     for parquet in True, False:
@@ -137,6 +140,7 @@ def test_a_worker_that_is_killed(model, image_folder, tmp_path, monkeypatch):
     same(rows(tmp_path/'out'), predict_folder(model, image_folder/'test'))
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_says_why(model, image_folder, tmp_path, monkeypatch):
     class Failing(cluster._Worker):
         def answer(self, files): raise KeyError('no such thing')
@@ -146,6 +150,7 @@ def test_a_worker_that_fails_says_why(model, image_folder, tmp_path, monkeypatch
     with pytest.raises(RunError, match="a worker failed.*no_such_plugin"): predict_cluster(model, image_folder/'test', tmp_path/'other')
 
 
+@pytest.mark.slow
 def test_a_part_that_kills_every_worker_is_given_up(model, image_folder, tmp_path, monkeypatch):
     class Deadly(cluster._Worker):
         def answer(self, files): os.kill(os.getpid(), signal.SIGKILL)
@@ -153,12 +158,14 @@ def test_a_part_that_kills_every_worker_is_given_up(model, image_folder, tmp_pat
     with pytest.raises(RunError, match='died again and again'): predict_cluster(model, image_folder/'test', tmp_path/'out', workers=1)
 
 
+@pytest.mark.slow
 def test_a_place_where_nothing_can_be_read(model, image_folder, tmp_path):
     for f in (image_folder/'test').glob('*/*.png'): f.write_bytes(b'no image')
     with pytest.raises(ValueError, match='not one of the 4 images of part'): predict_cluster(model, image_folder/'test', tmp_path/'out', part_images=4)
     assert not list((tmp_path/'out').glob('part-*'))
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(model, image_folder, tmp_path):
     predict_cluster(model, image_folder/'test', tmp_path/'out')
     clf = Classifier.load(model)
