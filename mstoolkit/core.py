@@ -256,6 +256,7 @@ def connected_ray() -> Any: # the module `ray`
     try: import ray
     except ImportError as e: raise ImportError(f"Ray is not installed: pip install mstoolkit[ray] ({e})") from e
     if ray.is_initialized(): return ray
+    os.environ.setdefault('RAY_worker_niceness', '0') # of those started here, which would else wait for any other program
     main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     if main: signal.signal(signal.SIGTERM, before) # Ray has one of its own, which ends with another code

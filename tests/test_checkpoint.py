@@ -418,7 +418,7 @@ def test_what_cannot_be_resumed(recipe, image_folder, tmp_path, capsys):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, '-c', hold, str(tmp_path/'b'/'checkpoint'/'lock')], stdin=-1, stdout=-1) as other:
         assert other.stdout.readline() == b'held\n'
-        assert 'another process is training in' in resume(tmp_path/'b')
+        assert 'another process is at work in' in resume(tmp_path/'b')
         other.stdin.close()
     (image_folder/'val'/'2'/'0.png').rename(image_folder/'val'/'2'/'new.png')
     assert '12 validation images of 3 classes as before, but of other names or labels' in resume(tmp_path/'b')

@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.m
 def two_processors():
     with pytest.MonkeyPatch.context() as m:
         m.delenv('RAY_ADDRESS', raising=False)
+        m.setenv('RAY_worker_niceness', '0')
         ray.init(address='local', num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, configure_logging=False)
         yield
         ray.shutdown()
@@ -201,8 +202,9 @@ def test_mistakes_are_one_line(model, image_folder, tmp_path, monkeypatch, capsy
 
 def test_places_that_hold_nothing(model, tmp_path, capsys):
     (tmp_path/'empty.txt').write_text('\n')
+    (tmp_path/'twice.txt').write_text('a.png\nb.png\n a.png')
     (tmp_path/'latin.txt').write_bytes('süß.png'.encode('latin1'))
-    for place, text in (('empty.txt', 'names no image'), ('latin.txt', 'is not UTF-8'), ('none.txt', 'none.txt'), ('none', 'no folder')):
+    for place, text in (('empty.txt', 'names no image'), ('twice.txt', "names 'a.png' in lines 1 and 3"), ('latin.txt', 'is not UTF-8'), ('none.txt', 'none.txt'), ('none', 'no folder')):
         assert main(['predict', str(model), str(tmp_path/place), '--out', str(tmp_path/'p.csv')]) == 2
         assert text in (err := capsys.readouterr().err) and len(err.strip().splitlines()) == 1, err
     assert main(['predict', str(model), f'local://{tmp_path}/none', '--out', str(tmp_path/'p.csv')]) == 2

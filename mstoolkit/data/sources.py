@@ -95,6 +95,9 @@ def listed_images(
     lines = [o.strip() for o in _read_text(file).split('\n')]
     found = [TableImage(Path(o), FileAt(a)) if (a := table_address(o)) else Path(file).parent/o for o in lines if o]
     if not found: raise ValueError(f"the list {str(file)!r} names no image")
+    if twice := next((o for o, times in Counter(filter(None, lines)).items() if times > 1), ''):
+        at = ' and '.join(str(i) for i, o in enumerate(lines, 1) if o == twice)
+        raise ValueError(f"the list {str(file)!r} names {twice!r} in lines {at}: once is enough")
     return found
 
 def image_files(

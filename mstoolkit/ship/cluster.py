@@ -178,13 +178,12 @@ def predict_cluster(
     if workers < 0: raise ValueError(f"workers is {workers}: give 1 or more, or 0 for as many as have room")
     if isinstance(images, DataSource) and images.in_memory:
         raise ValueError("a data set in memory would go to every worker: save it (save_to_disk) and name the folder")
-    ray, out = connected_ray(), Path(out)
     root, files = images_to_predict(images, split)
     image_names(files, root) # two of one name are an error
     # workers have a working directory of their own
     if not all(isinstance(f, TableImage) for f in files): root = root.absolute()
     files = [f if isinstance(f, TableImage) else f.absolute() for f in shard_images(files)]
-    n = -(-len(files)//part_images)
+    ray, out, n = connected_ray(), Path(out), -(-len(files)//part_images)
     places = _places(ray, device, workers, n)
     if not places[2]: check_precision('fp32' if precision == 'exact' else precision, 'cpu')
     digest = hashlib.sha256('\0'.join(image_names(files, root)).encode(errors='surrogateescape')).hexdigest()[:16]
