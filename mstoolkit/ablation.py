@@ -292,7 +292,7 @@ def _estimates(jobs: list[Job], source: DataSource) -> dict:
     for j in jobs:
         if j.done: continue
         if j.cell not in past and j.recipe.minutes: past[j.cell] = [60*j.recipe.minutes]
-        if j.cell not in past:
+        elif j.cell not in past:
             r, key = j.recipe, tuple(getattr(j.recipe, o) for o in _costs)
             if key not in steps:
                 print(f'timing some steps of {r.head} on {r.backbone}', file=sys.stderr, flush=True)

@@ -314,12 +314,12 @@ def predict(
     plugin: Plugin = None,
 ):
     "Classify a folder of images into a CSV."
+    choice(tta, _names['tta'], 'tta')
     if ray:
         unfit = dict(zip=zip, force=force, num_workers=num_workers >= 0, out=str(out) == '-')
         if odd := [k.replace('_', '-') for k, v in unfit.items() if v]:
             word = '--out -' if odd[0] == 'out' else f'--{odd[0]}'
             raise ValueError(f"with --ray there is no {word}: answers go into a folder of parts")
-        choice(tta, _names['tta'], 'tta')
         from mstoolkit.ship.cluster import predict_cluster
         kw: dict[str, Any] = dict(split=split, part_images=part_images, parquet=parquet, workers=workers, device=device)
         kw |= dict(tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad or 'skip', bs=bs, precision=precision)
@@ -337,7 +337,6 @@ def predict(
     if to_stdout and zip: raise ValueError("--zip writes a file: give --out another name than -")
     if not to_stdout: check_new(file, force=force)
     source = _images(images, source_fields)
-    choice(tta, _names['tta'], 'tta')
     from mstoolkit.predict import predict_folder, write_predictions
     how: dict[str, Any] = dict(bs=bs, device=device, precision=precision, num_workers=None if num_workers < 0 else num_workers)
     df = predict_folder(models, source, split=split, tta=tta, top_k=top_k, confidence=confidence, on_bad=on_bad or 'error', **how)

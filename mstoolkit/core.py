@@ -251,6 +251,7 @@ def joined() -> Any: # the module `torch.distributed`; `None` for a process on i
     if n_processes() == 1: return None
     import torch.distributed as dist
     return dist if dist.is_available() and dist.is_initialized() else None
+
 def connected_ray() -> Any: # the module `ray`
     "Ray, connected to the cluster of RAY_ADDRESS or of this machine, or else to one that is started now."
     try: import ray
@@ -261,7 +262,6 @@ def connected_ray() -> Any: # the module `ray`
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     if main: signal.signal(signal.SIGTERM, before) # Ray has one of its own, which ends with another code
     return ray
-
 
 # %% ../nbs/010_core.ipynb #5c43b90d
 def _in_notebook() -> bool:

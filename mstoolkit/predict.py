@@ -175,11 +175,11 @@ def answer_table(
     "A row for each image, labelled with class names."
     p, i = probs.topk(top_k, dim=1)
     labels, p = [[clf.header.classes[o] for o in col] for col in i.T.tolist()], p.numpy().round(6)
-    label = lambda k: pd.Series(labels[k], dtype='str') # of text where there is no row, too
-    df = pd.DataFrame({'image_name': file_names(names), 'pred_label': label(0)})
+    label = [file_names(o) for o in labels] # of text where there is no row, too
+    df = pd.DataFrame({'image_name': file_names(names), 'pred_label': label[0]})
     if confidence and top_k == 1: df['confidence'] = p[:, 0]
     if top_k > 1:
-        for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = label(k), p[:, k]
+        for k in range(top_k): df[f'label_{k+1}'], df[f'confidence_{k+1}'] = label[k], p[:, k]
     return df
 
 def warn_of_formulas(

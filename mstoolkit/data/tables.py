@@ -149,11 +149,6 @@ def _listed(address: str) -> list[str]: # addresses of files
     if not found: raise FileNotFoundError(f"there is nothing at {address!r}")
     return [fs.unstrip_protocol(o) for o in sorted(found)]
 
-def _within(address: str) -> str: # 'bucket/folder'
-    "What a file system calls what lies at an address."
-    import fsspec
-    return fsspec.core.url_to_fs(address)[1]
-
 def _saved_tables(path: Path) -> Tables:
     "What `save_to_disk` has written."
     each = json.loads((path/'dataset_dict.json').read_text())['splits'] if (path/'dataset_dict.json').is_file() else ['']
@@ -200,8 +195,10 @@ def images_at(
     is_image: Callable # whether a name is that of an image
 ) -> list[Path]: # which give the bytes of what lies there
     "The images at an address, at any depth; hidden files and folders are passed over."
-    files, root = _listed(address), _within(address)
-    names = [(o, _within(o)[len(root):].lstrip('/') or os.path.basename(root)) for o in files]
+    import fsspec
+    files = _listed(address)
+    fs, root = fsspec.core.url_to_fs(address)
+    names = [(o, fs._strip_protocol(o)[len(root):].lstrip('/') or os.path.basename(root)) for o in files]
     shown = [(o, name) for o, name in names if is_image(name) and not any(p.startswith('.') for p in Path(name).parts)]
     if not shown: raise ValueError(f"there are no images at {address!r}")
     return [TableImage(Path(address)/name, FileAt(o)) for o, name in shown]

@@ -179,18 +179,18 @@ def predict_cluster(
     if isinstance(images, DataSource) and images.in_memory:
         raise ValueError("a data set in memory would go to every worker: save it (save_to_disk) and name the folder")
     root, files = images_to_predict(images, split)
-    image_names(files, root) # two of one name are an error
     # workers have a working directory of their own
     if not all(isinstance(f, TableImage) for f in files): root = root.absolute()
     files = [f if isinstance(f, TableImage) else f.absolute() for f in shard_images(files)]
+    names = image_names(files, root) # two of one name are an error
     ray, out, n = connected_ray(), Path(out), -(-len(files)//part_images)
     places = _places(ray, device, workers, n)
     if not places[2]: check_precision('fp32' if precision == 'exact' else precision, 'cpu')
-    digest = hashlib.sha256('\0'.join(image_names(files, root)).encode(errors='surrogateescape')).hexdigest()[:16]
+    digest = hashlib.sha256('\0'.join(names).encode(errors='surrogateescape')).hexdigest()[:16]
     plan = dict(model=_fingerprint(clf), images=digest, part_images=part_images, parquet=parquet, tta=tta, top_k=top_k,
                 confidence=confidence, precision=precision, on_bad=on_bad)
     how = dict(root=root, tta=tta, top_k=top_k, confidence=confidence, bs=bs, precision=precision, parquet=parquet)
-    warn_of_formulas(file_names(image_names(files, root)))
+    warn_of_formulas(file_names(names))
     place = lambda k: out/f"part-{k:05d}-of-{n:05d}.{'parquet' if parquet else 'csv'}"
     part = lambda k: files[k*part_images:(k + 1)*part_images]
     if not (out/'parts.json').is_file(): check_new(out, 'folder').mkdir(parents=True, exist_ok=True)
