@@ -27,8 +27,9 @@ import torch
 from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
-from .core import (atomic_path, check_new, choice, connected_ray, folder_name, import_plugins, process_age,
-                            share_processors, write_text)
+from .callback.distributed import start_processes, together
+from .core import (atomic_path, check_new, choice, connected_ray, folder_name, from_first, import_plugins, n_processes,
+                            pick_device, process_age, process_rank, ray_machines, share_processors, write_text)
 from .data.check import check_samples
 from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
@@ -127,32 +128,37 @@ def run_job(
     folder, before = Path(folder), torch.get_num_threads()
     if not isinstance(recipe, Recipe): recipe = load_recipe(recipe)
     part = folder.with_name(f'.{folder.name}')
-    begun = run_file(part, 'state').is_file()
-    if not begun: shutil.rmtree(part, ignore_errors=True)
     torch.set_num_threads(threads)
     try:
-        if not begun: train(recipe, source, part, spent=spent)
-        else: resume_run(part, data_source(source).path, minutes=recipe.minutes or None, spent=spent)
+        with together(pick_device(recipe.device) if n_processes() > 1 else 'cpu'):
+            begun = from_first(run_file(part, 'state').is_file())
+            if not begun and not process_rank(): shutil.rmtree(part, ignore_errors=True)
+            if not begun: train(recipe, source, part, spent=spent)
+            else: resume_run(part, data_source(source).path, minutes=recipe.minutes or None, spent=spent)
     finally: torch.set_num_threads(before)
-    part.rename(folder)
+    if not process_rank(): part.rename(folder)
 
 # %% ../nbs/740_ablation.ipynb #a81457e4
 # bound to its parent before torch is imported, which takes seconds
 _program = ('import sys; from mstoolkit.core import end_with_parent; end_with_parent(int(sys.argv[1])); '
             'from mstoolkit.ablation import _run_below; _run_below(*sys.argv[2:])')
 
-def _run_below(folder: str, recipe: str, source: str, threads: str):
-    "`run_job` in a process of its own."
+def _run_below(folder: str, recipe: str, source: str, threads: str, processes: str = '1'):
+    "`run_job` in a process of its own, or in several that train together."
+    if (n := int(processes)) > 1 and n_processes() == 1:
+        each = max(1, int(threads)//n)
+        words = [str(os.getpid()), folder, recipe, source, str(each), processes]
+        sys.exit(start_processes(words, n, threads=each, program=('-c', _program)))
     import_plugins()
     run_job(folder, recipe, source, int(threads), process_age())
 
-def _start(job: Job, source: Path, threads: int, gpu: str|None = None) -> subprocess.Popen:
+def _start(job: Job, source: Path, threads: int, processes: int = 1, *, gpu: str|None = None) -> subprocess.Popen:
     "Start one run in a process of its own; what it prints goes into a log beside its folder."
     recipe = job.recipe.save(job.folder.with_suffix('.toml'))
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
     share_processors(env)
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
-    cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, job.source or source, threads))]
+    cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, job.source or source, threads, processes))]
     with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f:
         return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
 
@@ -163,20 +169,21 @@ def _outcome(job: Job, code: int) -> str|None:
     return lines[-1] if lines else f'exit code {code}'
 
 # %% ../nbs/740_ablation.ipynb #285ee0a0
-def _gpus(n: int) -> list[str]:
-    "A GPU for each of `n` processes, in turn; '' where there is none."
+def _gpus(n: int, each: int = 1) -> list[str]:
+    "GPUs for `n` runs, `each` of them for a run, in turn; '' where there is none."
     own = os.environ.get('CUDA_VISIBLE_DEVICES')
     have = own.split(',') if own is not None else [str(i) for i in range(torch.cuda.device_count())] or ['']
-    return [have[i % len(have)] for i in range(n)]
+    sets = [','.join(have[i:i+each]) for i in range(0, len(have) - len(have) % each, each)] or [','.join(have)]
+    return [sets[i % len(sets)] for i in range(n)]
 
 def _side_by_side(jobs: list[Job], n: int, args: tuple) -> Iterator[tuple]:
     "Run the jobs in processes, `n` at a time; those that still run when the caller gives up are ended."
-    todo, running, free = deque(jobs), {}, _gpus(n)
+    todo, running, free = deque(jobs), {}, _gpus(n, *args[2:])
     try:
         while todo or running:
             while todo and free:
                 j, gpu = todo.popleft(), free.pop(0)
-                running[j] = _start(j, *args, gpu), gpu
+                running[j] = _start(j, *args, gpu=gpu), gpu
             for j, (p, gpu) in list(running.items()):
                 if p.poll() is None: continue
                 del running[j]
@@ -199,17 +206,24 @@ def _here(jobs: list[Job], source: Path, threads: int) -> Iterator[tuple]:
 # %% ../nbs/740_ablation.ipynb #7384063c
 def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
     "Run the jobs on a Ray cluster."
-    ray, (source, threads) = connected_ray(), args
-    have = ray.cluster_resources()
-    gpus = int(have.get('GPU', 0))
-    if gpus: threads = max(1, min(threads, int(have['CPU']//gpus)))
-    remote = ray.remote(num_cpus=threads, num_gpus=int(gpus > 0))(_start_and_wait)
-    waiting = {remote.remote(j, source, threads): j for j in jobs}
+    ray, (source, threads, processes) = connected_ray(), args
+    threads, gpus = _room(ray_machines(), threads, processes)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus)(_start_and_wait)
+    waiting = {remote.remote(j, source, threads, processes): j for j in jobs}
     try:
         while waiting:
             for o in ray.wait(list(waiting), num_returns=1)[0]: yield waiting.pop(o), ray.get(o)
     finally:
         for o in waiting: ray.cancel(o, force=True)
+
+def _room(machines: list[tuple[int, int]], threads: int, processes: int) -> tuple[int, int]: # processors and GPUs of a run
+    "What a run may ask for, so that a machine of the cluster has it: a GPU for each process, where there are any."
+    gpus = max((g for _, g in machines), default=0)
+    if gpus and processes > gpus:
+        raise ValueError(f"{processes} processes of a run want a GPU each, and no machine of the cluster has more than {gpus}: "
+                         "give fewer (--processes)")
+    most = min(c*processes//g for c, g in machines if g) if gpus else max((c for c, _ in machines), default=threads)
+    return max(1, min(threads, most)), processes if gpus else 0
 
 def _start_and_wait(job: Job, *args) -> str|None: return _outcome(job, _start(job, *args).wait())
 
@@ -220,11 +234,12 @@ def run_jobs(
     threads: int, # CPU threads of each
     *,
     jobs: int = 1, # how many side by side, each in its own process
+    processes: int = 1, # of each, which train together, on a GPU each where there are any
     ray: bool = False # on a Ray cluster instead, as many at a time as have room
 ) -> Generator[tuple, None, None]: # each job as it ends, and its error or `None`; those under way end when it is closed
     "Run jobs one after the other, side by side, or on Ray."
-    left, args = list(todo), (source, threads)
-    yield from _on_ray(left, args) if ray else _side_by_side(left, jobs, args) if jobs > 1 else _here(left, *args)
+    left, args, apart = list(todo), (source, threads, processes), jobs > 1 or processes > 1
+    yield from _on_ray(left, args) if ray else _side_by_side(left, jobs, args) if apart else _here(left, source, threads)
 
 # %% ../nbs/740_ablation.ipynb #9666c61b
 def _write_images(dls: DataLoaders, source: DataSource, out: Path):
@@ -323,6 +338,7 @@ def run_study(
     seeds: int = 3, # runs of each cell; with one seed there can be no verdict
     jobs: int = 1, # runs side by side, each in its own process; the same numbers for the same `threads`
     threads: int|None = None, # CPU threads of each run; the machine's, divided by `jobs`
+    processes: int = 1, # of each run, which train together and share its threads
     ray: bool = False, # run on a Ray cluster, as many at a time as have room
     dry_run: bool = False, # list the runs and the time they will take, and stop
     baseline: str|None = None, # the cell to compare with; the first when not given
@@ -337,7 +353,7 @@ def run_study(
     if base.compile == 'auto': base = replace(base, compile='off')
     source, out = data_source(data, **source), Path(out).resolve()
     if baseline is not None: choice(baseline, study.cells, 'cell')
-    for what, n in dict(seeds=seeds, jobs=jobs, threads=threads).items():
+    for what, n in dict(seeds=seeds, jobs=jobs, threads=threads, processes=processes).items():
         if n is not None and n < 1: raise ValueError(f"{what} is {n}: give 1 or more")
     todo = study_jobs(study, base, seeds, out)
     if dry_run: return _plan(todo, source, jobs)
@@ -349,7 +365,7 @@ def run_study(
     if left: _check_unchanged([j for j in todo if j.done], out)
     for j in left: j.folder.parent.mkdir(parents=True, exist_ok=True)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
-    with closing(run_jobs(left, study_file(out, 'run_source'), threads, jobs=jobs, ray=ray)) as ended:
+    with closing(run_jobs(left, study_file(out, 'run_source'), threads, jobs=jobs, processes=processes, ray=ray)) as ended:
         for i, (j, error) in enumerate(ended, 1):
             if error: failures[j.name] = error
             write_text(study_file(out, 'failures'), json.dumps(failures, indent=1))

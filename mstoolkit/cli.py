@@ -152,7 +152,7 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     if data and not data.exists(): _folder(data)
     if folds:
         from mstoolkit.several.folds import resume_folds
-        kw = {k: ctx.params[k] for k in ('minutes', 'jobs', 'threads', 'ray')}
+        kw = {k: ctx.params[k] for k in ('minutes', 'jobs', 'threads', 'processes', 'ray')}
         resume_folds(run, data, spent=process_age(), **kw)
         return
     from mstoolkit.train import resume_run
@@ -171,7 +171,7 @@ def _set_threads(n: int):
     torch.set_num_threads(n)
 
 def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, out: Path|None, weights_dir: Path|None, *,
-           jobs: int = 1, threads: int|None = None, ray: bool = False):
+           jobs: int = 1, threads: int|None = None, processes: int = 1, ray: bool = False):
     "Train, one model or one for each fold, when all that can be checked without work is."
     if recipe != 'auto':
         r = Recipe.from_dict(given, load_recipe(recipe)).check_effect(given)
@@ -182,18 +182,13 @@ def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, ou
                          "give --fold for one of them, or start one process")
     if source_fields.get('folds') and 'fold' not in source_fields:
         from mstoolkit.several.folds import train_folds
-        train_folds(recipe, source, out, folds=source.folds, jobs=jobs, threads=threads, ray=ray, **kw)
+        train_folds(recipe, source, out, folds=source.folds, jobs=jobs, threads=threads, processes=processes, ray=ray, **kw)
         return
-    if jobs > 1 or ray: raise ValueError("--jobs and --ray train folds side by side: give --folds, and no --fold")
     from mstoolkit.train import train as run
     run(recipe, source, out, **kw)
 
 def _in_processes(n: int, ctx: typer.Context, threads: int|None) -> int: # exit code
     "Start the same command in several processes, when what can be checked without work is."
-    given = lambda k: ctx.get_parameter_source(k).name == 'COMMANDLINE'
-    if given('jobs') or given('ray') or given('folds') and not given('fold'):
-        raise ValueError("--processes trains one model in several processes, and --folds, --jobs and --ray several models: "
-                         "give --fold for one of them, or leave --processes out")
     if (data := ctx.params['data'] or ctx.params['resume']) and not data.exists() and ctx.params['data_format'] != 'hf': _folder(data)
     from mstoolkit.callback.distributed import start_processes
     words = list(ctx.obj)
@@ -219,7 +214,7 @@ def train_command(
     threads: Annotated[Optional[int], typer.Option(min=1,
         help="CPU threads of the network; the machine's, where nothing is said")] = None,
     processes: Annotated[int, typer.Option(min=1,
-        help="processes of this machine that train together: as many as it has GPUs; torchrun starts them on several machines")] = 1,
+        help="processes of this machine that train together (with --folds, each fold), such as one a GPU; over machines use torchrun")] = 1,
     jobs: Annotated[int, typer.Option(min=1,
         help="with --folds, and no --fold: folds trained side by side on this machine")] = 1,
     ray: Annotated[bool, typer.Option('--ray',
@@ -227,12 +222,15 @@ def train_command(
     plugin: Plugin = None,
 ):
     "Train a model on a folder of images; with --folds and no --fold, one for each fold, and their average."
-    if processes > 1 and n_processes() == 1: raise typer.Exit(_in_processes(processes, ctx, threads))
+    from mstoolkit.runs import n_folds
+    several = n_folds(resume) if resume else source_fields.get('folds') and 'fold' not in source_fields
+    if (jobs > 1 or ray) and not several: raise ValueError("--jobs and --ray train folds side by side: give --folds, and no --fold")
+    if processes > 1 and n_processes() == 1 and not several: raise typer.Exit(_in_processes(processes, ctx, threads))
     if threads: _set_threads(threads)
     if resume: return _resume(resume, data, ctx)
     if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
     source = _source(data, source_fields)
-    _start(recipe, recipe_fields, source_fields, source, out, weights_dir, jobs=jobs, threads=threads, ray=ray)
+    _start(recipe, recipe_fields, source_fields, source, out, weights_dir, jobs=jobs, threads=threads, processes=processes, ray=ray)
 
 # %% ../nbs/810_cli.ipynb #5d41afc7
 _student = [f.name for f in (*fields(Recipe), *fields(DataSource)) if f.name not in ('teacher', 'teacher_digest')]
@@ -416,7 +414,7 @@ def submit(
     if trained and (given := [*recipe_fields, *source_fields]):
         flag = given[0].replace('_', '-')
         raise ValueError(f"{str(folder)!r} was trained already, --{flag} is for a training: leave it out")
-    folds = source_fields.pop('folds', 5)
+    folds = source_fields.pop('folds', None)
     source = folder if trained else _source(folder, source_fields)
     run(source, images, out, folds=folds, recipe=recipe, given=recipe_fields,
         weights_dir=weights_dir or '', jobs=jobs, spent=process_age(), force=force, on_bad=on_bad,
@@ -554,6 +552,7 @@ def ablate(
     jobs: Annotated[int, typer.Option(help="runs side by side on this machine")] = 1,
     threads: Annotated[Optional[int], typer.Option(
         help="CPU threads of each run; the machine's, divided by --jobs")] = None,
+    processes: Annotated[int, typer.Option(help="processes of each run, which train together: as many as it may have GPUs")] = 1,
     ray: Annotated[bool, typer.Option('--ray', help="run on a Ray cluster")] = False,
     dry_run: Annotated[bool, typer.Option('--dry-run',
         help="list the runs and about how long they take, and stop")] = False,
@@ -566,8 +565,8 @@ def ablate(
     from mstoolkit.runs import read_failures
     what = load_study(study)
     out = out or Path('runs')/what.name
-    try: df = run_study(what, source, out, recipe=r, seeds=seeds, jobs=jobs, threads=threads, ray=ray, dry_run=dry_run,
-                        baseline=baseline)
+    try: df = run_study(what, source, out, recipe=r, seeds=seeds, jobs=jobs, threads=threads, processes=processes, ray=ray,
+                        dry_run=dry_run, baseline=baseline)
     except (KeyboardInterrupt, SystemExit):
         print('the study goes on where it was with the same command', flush=True)
         raise

@@ -7,10 +7,10 @@ Docs: https://mstoolkit.github.io/mstoolkit/core.html.md"""
 # %% auto #0
 __all__ = ['choice', 'RunError', 'folder_name', 'plugins', 'import_plugins', 'counted', 'natural_key', 'seed_everything',
            'atomic_path', 'file_digest', 'write_text', 'signals_wait', 'check_new', 'new_folder', 'atomic_folder',
-           'n_processes', 'process_rank', 'local_processes', 'joined', 'connected_ray', 'track', 'pick_device',
-           'end_with_parent', 'keep_freed_memory', 'out_of_memory', 'free_memory', 'processors', 'cpu_quota',
-           'share_processors', 'others_at_work', 'process_age', 'from_first', 'from_all', 'by_first', 'sum_of_all',
-           'as_first', 'draw_from', 'first_to_fail']
+           'n_processes', 'process_rank', 'local_processes', 'joined', 'connected_ray', 'ray_machines', 'track',
+           'pick_device', 'end_with_parent', 'keep_freed_memory', 'out_of_memory', 'free_memory', 'processors',
+           'cpu_quota', 'share_processors', 'others_at_work', 'process_age', 'from_first', 'from_all', 'by_first',
+           'sum_of_all', 'as_first', 'draw_from', 'first_to_fail']
 
 # %% ../nbs/010_core.ipynb #6bd0cf7c
 import contextlib
@@ -262,6 +262,11 @@ def connected_ray() -> Any: # the module `ray`
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     if main: signal.signal(signal.SIGTERM, before) # Ray has one of its own, which ends with another code
     return ray
+
+def ray_machines() -> list[tuple[int, int]]: # processors and GPUs of each
+    "The machines of the cluster that `connected_ray` is connected to."
+    have = [o['Resources'] for o in connected_ray().nodes() if o['Alive']]
+    return [(int(o.get('CPU', 0)), int(o.get('GPU', 0))) for o in have]
 
 # %% ../nbs/010_core.ipynb #5c43b90d
 def _in_notebook() -> bool:

@@ -21,7 +21,7 @@ from mstoolkit.cli import main
 from mstoolkit.data.make import make_digits, make_navon
 from mstoolkit.data.sources import data_source
 from mstoolkit.recipe import Recipe
-from mstoolkit.runs import Run, read_study
+from mstoolkit.runs import Run, read_failures, read_study
 from test_report import fake_run
 
 HEADS = Study('heads', grid(head=['plain', 'gated']))
@@ -213,6 +213,28 @@ def test_processes_take_the_gpus_in_turn_and_say_what_went_wrong(tmp_path, monke
     assert started(jobs)[0]['gpu'] == '4,7'
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     assert ablation._gpus(3) == ([str(i % n) for i in range(3)] if (n := torch.cuda.device_count()) else ['']*3)
+
+
+def test_runs_of_several_processes_ask_for_what_one_machine_has(monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1,2,3,4')
+    assert ablation._gpus(3, 2) == ['0,1', '2,3', '0,1'] and ablation._gpus(2, 8) == ['0,1,2,3,4']*2
+    assert ablation._room([(8, 2), (32, 4), (64, 0)], 16, 1) == (4, 1) and ablation._room([(8, 2), (32, 4)], 16, 2) == (8, 2)
+    assert ablation._room([(2, 0), (16, 0)], 8, 2) == (8, 0) and ablation._room([(2, 0), (4, 0)], 8, 1) == (4, 0)
+    with pytest.raises(ValueError, match='has more than 4'): ablation._room([(8, 2), (32, 4)], 16, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [dict(), dict(ray=True)])
+def test_each_run_in_several_processes(tmp_path, how):
+    if 'ray' in how: pytest.importorskip('ray')
+    data, kw = make_digits(tmp_path/'digits'), dict(seeds=1, threads=2)
+    a = run_study(HEADS, data, tmp_path/'a', recipe=BASE, **kw)
+    b = run_study(HEADS, data, tmp_path/'b', recipe=BASE, processes=2, **how, **kw)
+    assert (a.accuracy - b.accuracy).abs().max() < .1 and list(a.index) == list(b.index)
+    envs = [Run(tmp_path/'b'/c/'seed-0').env for c in HEADS.cells]
+    assert [e['processes'] for e in envs] == [2]*len(envs) and all(e['threads'] == 1 for e in envs)
+    absurd = run_study(Study('lr', {'good': {}, 'bad': dict(lr=1e30)}), data, tmp_path/'c', recipe=BASE, processes=2, **how, **kw)
+    assert list(absurd.index) == ['good'] and 'nan' in read_failures(tmp_path/'c')['bad, seed 0'].lower()
 
 
 def test_an_interruption_ends_the_processes(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from mstoolkit.models.ensemble import Ensemble
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.predict import predict_folder, predict_probs
 from mstoolkit.recipe import Recipe
-from mstoolkit.runs import Run, Several
+from mstoolkit.runs import Run, Several, n_folds
 from mstoolkit.several import folds
 from mstoolkit.several.combine import _cross_fitted, _kept, _Search, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
 from mstoolkit.several.folds import _share, resume_folds, train_folds
@@ -432,6 +432,10 @@ def test_submit_trains_folds_and_goes_on_with_them(image_folder, tmp_path, monke
     assert len(pd.read_csv(tmp_path/'p.csv')) == 9 and Several(tmp_path/'p-folds').env['ended'] and 0 <= e.low <= e.high <= 1
     e = submit(tmp_path/'p-folds'/'fold-0', image_folder/'test', tmp_path/'q.csv')
     assert '12 validation images, the best of 1 epoch' in e.how
+    for other, what in [(dict(given=dict(size=64)), 'size 32 there and 64 here'), (dict(folds=3), 'folds 2 there and 3 here'), (dict(recipe='gate'), 'there and')]:
+        with pytest.raises(ValueError, match=what): submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True, **other)
+    with pytest.raises(ValueError, match='images .* there and'): submit(image_folder/'train', image_folder/'test', tmp_path/'p.csv', force=True)
+    assert submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True, given=dict(size=32)) and n_folds(tmp_path/'p-folds') == 2
     with pytest.raises(FileNotFoundError, match='there is no folder'): submit(tmp_path/'no', image_folder/'test', tmp_path/'r.csv')
 
 

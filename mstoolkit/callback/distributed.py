@@ -15,7 +15,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
@@ -409,9 +409,10 @@ def start_processes(
     words: list[str], # of the command line: 'train', 'photos', …
     n: int, # processes on this machine
     *,
-    threads: int|None = None # of each; an equal part of the processors when not given
+    threads: int|None = None, # of each; an equal part of the processors when not given
+    program: Sequence[str] = ('-m', 'mstoolkit') # what Python runs, before the words
 ) -> int: # exit code: that of the first process that failed, 0 if none did
-    "Run `mstoolkit` in several processes that train together, through torchrun, and wait for them."
+    "Run `mstoolkit`, or another program, in several processes that train together, through torchrun, and wait for them."
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -421,7 +422,7 @@ def start_processes(
     logging.disable(logging.ERROR) # a process says itself what went wrong
     config = LaunchConfig(1, 1, n, run_id=secrets.token_hex(8), rdzv_backend='c10d', rdzv_endpoint='localhost:0',
                           max_restarts=0, monitor_interval=.2)
-    try: elastic_launch(config, sys.executable)('-m', 'mstoolkit', *words)
+    try: elastic_launch(config, sys.executable)(*program, *words)
     except SignalException as e: return 128 + e.sigval
     except ChildFailedError as e:
         rank, failure = e.get_first_failure()

@@ -75,9 +75,9 @@ def _given(given: dict, whole: float, folds: int, jobs: int) -> dict:
     return given | dict(minutes=_share(whole, folds, jobs))
 
 # %% ../../nbs/760_several.folds.ipynb #f26b4103
-def _checked(folds: int, jobs: int, threads: int|None) -> int: # CPU threads of each fold
+def _checked(folds: int, jobs: int, threads: int|None, processes: int) -> int: # CPU threads of each fold
     if folds < 2: raise ValueError(f"folds is {folds}: give 2 or more")
-    for what, n in dict(jobs=jobs, threads=threads).items():
+    for what, n in dict(jobs=jobs, threads=threads, processes=processes).items():
         if n is not None and n < 1: raise ValueError(f"{what} is {n}: give 1 or more")
     return threads or max(1, torch.get_num_threads()//jobs)
 
@@ -91,17 +91,19 @@ def train_folds(
     weights_dir: str|Path = '', # for 'auto': folder of weights files, for machines without a hub
     jobs: int = 1, # folds side by side, each in its own process; the same numbers for the same `threads`
     threads: int|None = None, # CPU threads of each; the machine's, divided by `jobs`
+    processes: int = 1, # of each fold, which train together and share its threads
     ray: bool = False, # run on a Ray cluster
     spent: float = 0., # seconds that the minutes have already lost, to imports say
     **source: Any # fields of `DataSource`: train, csv, group …
 ) -> Several: # what the folder holds
     "Train all folds, average them, and judge every image by the fold that held it out."
-    clock, given, threads = time.perf_counter() - spent, dict(given or {}), _checked(folds, jobs, threads)
+    clock, given, threads = time.perf_counter() - spent, dict(given or {}), _checked(folds, jobs, threads, processes)
     src = replace(data_source(data, **source), folds=folds, fold=0)
     whole = _whole(recipe, given)
     # on a CPU those side by side share its time: what is planned is the work of one after the other
     at_once = 1 if pick_device(given.get('device', 'auto')).type == 'cpu' else jobs
     given = _given(given, whole, folds, at_once)
+    if recipe == 'auto' and processes > 1: given = dict(keep_maps=0) | given # which one process alone can
     r, out = settle_run(recipe, src, out, given=given, weights_dir=weights_dir, ending='-folds')
     if whole: r = replace(r, minutes=max(_share(whole - (time.perf_counter() - clock)/60, folds, jobs), .01))
     names, tr, va, _ = settled_samples(src, r.seed)
@@ -114,7 +116,7 @@ def train_folds(
         _write_sources(out, src)
         print(f"{r.name}: {folds} folds of {len(tr)+len(va):,} images in {len(names)} classes, "
               f"{r.head} head on {r.backbone}{f', {r.minutes:.3g} minutes each' if whole else ''}; folder {out}", flush=True)
-        return _go_on(out, r, jobs, threads, ray)
+        return _go_on(out, r, jobs, threads, processes, ray)
 
 # %% ../../nbs/760_several.folds.ipynb #5a1db056
 def resume_folds(
@@ -124,6 +126,7 @@ def resume_folds(
     minutes: float|None = None, # another budget for what is left
     jobs: int = 1, # folds side by side, each in its own process
     threads: int|None = None, # CPU threads of each; the machine's, divided by `jobs`
+    processes: int = 1, # of each fold, which train together and share its threads
     ray: bool = False, # run on a Ray cluster
     spent: float = 0. # seconds of the minutes that have already gone by, to imports say
 ) -> Several: # as from `train_folds`
@@ -131,7 +134,7 @@ def resume_folds(
     clock, out = time.perf_counter() - spent, Path(out)
     folds = n_folds(out)
     if not folds: raise ValueError(f"{str(out)!r} is no folder of folds")
-    threads = _checked(folds, jobs, threads)
+    threads = _checked(folds, jobs, threads, processes)
     if read_env(out).get('ended'):
         raise ValueError(f"{str(out)!r} has ended well, all {folds} folds: there is nothing to resume")
     for what in ('recipe', 'source'):
@@ -153,15 +156,15 @@ def resume_folds(
                              "other names, labels or content")
         _write_sources(out, src)
         print(f"{r.name}: folder {out}, {len(left)} of {folds} folds to do", flush=True)
-        return _go_on(out, r, jobs, threads, ray)
+        return _go_on(out, r, jobs, threads, processes, ray)
 
 # %% ../../nbs/760_several.folds.ipynb #79f94878
-def _go_on(out: Path, r: Recipe, jobs: int, threads: int, ray: bool) -> Several:
+def _go_on(out: Path, r: Recipe, jobs: int, threads: int, processes: int, ray: bool) -> Several:
     "Run the folds that are missing, and put all together."
     left, failed = [j for j in _jobs(out, r) if not j.done], {}
     how = f"mstoolkit train --resume {shlex.quote(str(out))}"
     try:
-        with closing(run_jobs(left, run_file(out, 'source'), threads, jobs=jobs, ray=ray)) as ended:
+        with closing(run_jobs(left, run_file(out, 'source'), threads, jobs=jobs, processes=processes, ray=ray)) as ended:
             for j, error in ended:
                 if error: failed[j.name] = error
                 print(f"{j.name}: {error or f'accuracy {Run(j.folder).accuracy:.4f}'}", flush=True)

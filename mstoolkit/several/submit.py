@@ -8,8 +8,9 @@ Docs: https://mstoolkit.github.io/mstoolkit/several.submit.html.md"""
 __all__ = ['choice_optimism', 'averaging_gain', 'Expected', 'expected_accuracy', 'submit']
 
 # %% ../../nbs/780_several.submit.ipynb #f4bd1685
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..core import check_new, counted
 from ..data.sources import DataSource, data_source, image_files
 from ..evaluate.stats import accuracy_interval
 from ..predict import predict_folder, predict_probs, write_predictions
-from ..recipe import Recipe
+from ..recipe import Recipe, load_recipe
 from ..runs import Run, Several, fold_folder, n_folds, read_env, run_file
 from .folds import resume_folds, train_folds
 
@@ -117,8 +118,8 @@ def submit(
     images: str|Path, # folder of images to predict
     out: str|Path = 'prediction.zip', # the CSV to write, or the archive that holds it
     *,
-    folds: int = 5, # of a training that is still to be done
-    recipe: Recipe|str|Path = 'auto', # of that
+    folds: int|None = None, # of a training that is still to be done; 5
+    recipe: Recipe|str|Path|None = None, # of that; 'auto'
     given: dict|None = None, # recipe fields of your own for it; minutes are those of all folds
     weights_dir: str|Path = '', # for 'auto': folder of weights files, for machines without a hub
     jobs: int = 1, # folds side by side
@@ -137,6 +138,22 @@ def submit(
     print(f"accuracy to expect: {told}", flush=True)
     return exp
 
+def _check_asked(work: Path, source: DataSource, todo: dict):
+    "Folds that were trained on other images, or in another way than is asked for, are no answer to it."
+    was, images, recipe = load_recipe(run_file(work, 'recipe')), DataSource.load(run_file(work, 'source')), todo['recipe']
+    base = was if recipe in (None, 'auto') else recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    asked = Recipe.from_dict({k: v for k, v in (todo['given'] or {}).items() if k != 'minutes'}, base)
+    # minutes are those of the whole, and of a fold in the folder; batches that are chosen have become a number
+    pairs = {f.name: (getattr(was, f.name), getattr(asked, f.name)) for f in fields(Recipe)
+             if f.name not in ('name', 'minutes', 'device', 'num_workers') and getattr(asked, f.name) != 'auto'}
+    pairs['recipe'] = was.name, 'auto' if recipe == 'auto' else base.name
+    pairs['images'] = str(Path(images.path).resolve()), str(Path(source.path).resolve())
+    pairs['folds'] = n_folds(work), todo['folds'] or n_folds(work)
+    if odd := next((k for k, (a, b) in pairs.items() if a != b), None):
+        there, here = pairs[odd]
+        raise ValueError(f"{str(work)!r} holds folds of another training, {odd} {there} there and {here} here: give another place "
+                         f"(out=, --out), remove that folder, or submit it as it is (mstoolkit submit {shlex.quote(str(work))} …)")
+
 def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spent: float) -> Path:
     "The folder of what was trained; what was stopped goes on, what is missing is done."
     if isinstance(folder, DataSource) or not run_file(folder, 'env').is_file():
@@ -144,8 +161,9 @@ def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spen
         if not Path(source.path).is_dir(): raise FileNotFoundError(f"there is no folder {source.path!r}")
         work = out.with_name(f'{out.stem}-folds')
         if not n_folds(work):
-            given, recipe = todo.pop('given'), todo.pop('recipe')
-            return train_folds(recipe, source, work, given=given, jobs=jobs, spent=spent, **todo).path
+            todo = {k: v for k, v in todo.items() if v is not None}
+            return train_folds(todo.pop('recipe', 'auto'), source, work, jobs=jobs, spent=spent, **todo).path
+        _check_asked(work, source, todo)
         print(f"what was trained before: {n_folds(work)} folds in {work}", flush=True)
         folder = work
     if n_folds(folder) and not read_env(folder).get('ended'): return resume_folds(folder, jobs=jobs, spent=spent).path

@@ -23,7 +23,7 @@ import torch
 
 from ..classifier import Classifier
 from ..core import (RunError, atomic_path, check_new, choice, connected_ray, counted, import_plugins,
-                            keep_freed_memory, pick_device, plugins, track, write_text)
+                            keep_freed_memory, pick_device, plugins, ray_machines, track, write_text)
 from ..data.sources import DataSource, image_name
 from ..data.tables import TableImage, plain_name, shard_images
 from ..models.arithmetic import check_precision, precisions
@@ -70,10 +70,10 @@ class _Worker:
         data = df.to_parquet(index=False) if h['parquet'] else df.to_csv(index=False).encode()
         return data, {image_name(f, h['root']): why for f, why in bad.items()}
 
-def _places(ray, device: str, workers: int, parts: int) -> tuple[int, int, int]: # workers, processors and GPUs of each
+def _places(device: str, workers: int, parts: int) -> tuple[int, int, int]: # workers, processors and GPUs of each
     "Who works: one worker for each GPU, or for each processor; each has to fit into one machine."
     choice(device, ('auto', 'cuda', 'cpu'), 'device')
-    each = [(int(o['Resources'].get('CPU', 0)), int(o['Resources'].get('GPU', 0))) for o in ray.nodes() if o['Alive']]
+    each = ray_machines()
     gpus = 0 if device == 'cpu' else sum(g for _, g in each)
     if device == 'cuda' and not gpus: raise ValueError("device 'cuda': the cluster has no GPU")
     most = gpus or sum(c for c, _ in each) or 1
@@ -184,7 +184,7 @@ def predict_cluster(
     files = [f if isinstance(f, TableImage) else f.absolute() for f in shard_images(files)]
     names = image_names(files, root) # two of one name are an error
     ray, out, n = connected_ray(), Path(out), -(-len(files)//part_images)
-    places = _places(ray, device, workers, n)
+    places = _places(device, workers, n)
     if not places[2]: check_precision('fp32' if precision == 'exact' else precision, 'cpu')
     digest = hashlib.sha256('\0'.join(names).encode(errors='surrogateescape')).hexdigest()[:16]
     plan = dict(model=_fingerprint(clf), images=digest, part_images=part_images, parquet=parquet, tta=tta, top_k=top_k,
