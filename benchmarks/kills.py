@@ -1,10 +1,10 @@
 """Kill small trainings at random moments, take them up again and compare with the run that nobody killed, to the bit.
 
-    python benchmarks/kills.py [--only twice]
+    python benchmarks/kills.py [--only twice|together|folds]
 
 SIGKILL with two loader processes and with none, SIGTERM and SIGINT (every second one while a checkpoint or a model is being
-written), 40 trials each, a study and folds killed and taken up, and runs with EMA, growing images and a budget that are killed twice; about
-25 minutes on two cores, `--n 4` for a look. Writes kills.md.
+written), 40 trials each, a study and folds killed and taken up, runs with EMA, growing images and a budget that are killed twice, and two
+processes that train together; about 35 minutes on two cores, `--n 4` for a look. Writes kills.md.
 Asked for: exit code 143 or 130 and one line on standard error, no process left after ten seconds, and after `--resume` the
 weights, history (without its times) and predictions of the run in one go. `--seed` repeats the moments.
 """
@@ -243,11 +243,59 @@ def twice(t: Trials, n: int, minutes: float = 0.) -> str:
     return f'| {name} | {n} | {said} | {len(t.bad)-before} |'
 
 
+TOGETHER = ('--schedule fine-tune --freeze-epochs 1 --epochs 5 --cutmix .5 --ema .2 --plateau-patience 0 --stop-patience 3 --sync-bn').split()
+
+
+def ranks(pid: int) -> list[int]:
+    "The processes that train together, below the one that started them; none while it has not."
+    try: below = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    except OSError: return []
+    return [int(o) for o in below]
+
+
+def together(t: Trials, n: int) -> str:
+    "Two processes that train together, fine-tuning with mixing, an average, plateau and early stop: all are killed, or one of the two."
+    name, before, start, ways = 'two processes, SIGKILL of all and of one', len(t.bad), time.monotonic(), []
+    first = lambda out: ['train', t.data, '--recipe', 'gate', '--out', out, '--processes', 2, *t.options(0), *TOGETHER]
+    ref = t.root/'together'
+    o = t.child(first(ref)).wait(300)
+    if o.code:
+        t.failed(name, 'in one go', o.text[-600:])
+        return f'| {name} | 0 | | 1 |'
+    for i in range(n):
+        out, after = t.root/f'together-{i}', t.rng.uniform(.3, 1)*o.seconds
+        child = t.child(first(out))
+        while time.monotonic() < child.start + after and not child.poll(): time.sleep(.005)
+        there = ranks(child.pid)
+        one = i % 2 == 1 and len(there) > 1
+        for pid in there[-1:] if one else [child.pid, *there]:
+            try: os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        moment = f"{'one' if one else 'all'} at {after:.2f} s of {o.seconds:.2f}"
+        r = child.wait(60)
+        if r.late: t.failed(name, moment, 'the others did not end with it in a minute')
+        until = time.monotonic() + 10
+        while (left := [p for p in there if Path(f'/proc/{p}').exists()]) and time.monotonic() < until: time.sleep(.05)
+        if left:
+            t.failed(name, moment, f'{len(left)} processes live 10 s later')
+            end(left)
+        how = 'ended before' if r.code == 0 else 'resumed' if (out/'environment.json').is_file() else 'no run yet'
+        if r.code: r = t.child(['train', '--resume', out, '--processes', 2] if how == 'resumed' else first(out)).wait(300)
+        if r.code and 'has ended well' in r.err: how = 'ended before'
+        elif r.code: t.failed(name, moment, f'exit code {r.code}: {r.err.strip()[-400:]!r}')
+        if odd := differs(out, product(ref)): t.failed(name, moment, f'{how}, and then other: {odd}')
+        ways.append(how)
+        shutil.rmtree(out, ignore_errors=True)
+    said = ', '.join(f'{ways.count(k)} {k}' for k in sorted(set(ways), reverse=True))
+    print(f'{name}: {n} trials, {said}; {len(t.bad)-before} failures, {time.monotonic()-start:.0f} s', flush=True)
+    return f'| {name} | {n} | {said} | {len(t.bad)-before} |'
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--n', type=int, default=40, help='trials of each kind')
     p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--only', choices=['twice'], help='these rows alone, printed')
+    p.add_argument('--only', choices=['twice', 'together', 'folds'], help='these rows alone, printed')
     p.add_argument('--date', default=time.strftime('%Y-%m-%d'))
     p.add_argument('--machine', default=f'{os.cpu_count()} processors')
     args = p.parse_args()
@@ -257,8 +305,10 @@ def main():
         root = Path(tmp)
         make_data(root/'data')
         t = Trials(root, root/'data', args.seed)
-        if args.only == 'twice':
-            print(*[twice(t, args.n), twice(t, args.n, minutes=.25)], *t.bad, sep='\n')
+        if args.only:
+            do = dict(twice=lambda: [twice(t, args.n), twice(t, args.n, minutes=.25)], together=lambda: [together(t, args.n)],
+                      folds=lambda: [folds(t, args.n)])
+            print(*do[args.only](), *t.bad, sep='\n')
             sys.exit(bool(t.bad))
         t.refs = {w: t.reference(w) for w in (0, 2)}
         print({w: round(s, 2) for w, (s, _) in t.refs.items()}, flush=True)
@@ -267,7 +317,7 @@ def main():
                 t.some('SIGTERM, two loader processes', args.n//2, signal.SIGTERM, 2, half), t.some('SIGTERM, none', args.n//2, signal.SIGTERM, 0, half),
                 t.some('SIGINT, two loader processes', args.n//2, signal.SIGINT, 2, half), t.some('SIGINT, none', args.n//2, signal.SIGINT, 0, half),
                 t.study(max(1, args.n//10), 1), t.study(max(1, args.n//20), 2), folds(t, max(1, args.n//4)),
-                twice(t, max(1, args.n//4)), twice(t, max(1, args.n//4), minutes=.25)]
+                twice(t, max(1, args.n//4)), twice(t, max(1, args.n//4), minutes=.25), together(t, max(1, args.n//4))]
     failures = '\n'.join(f'- {o}' for o in t.bad) or 'No trial failed.'
     write_text(HERE/'kills.md', '\n'.join([
         '# Killed and taken up again', '', f'    python benchmarks/kills.py --n {args.n} --seed {args.seed}', '',
