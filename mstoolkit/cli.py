@@ -401,6 +401,8 @@ def submit(
     weights_dir: Annotated[Optional[Path], typer.Option(
         help="folder of pretrained weights that auto may choose from")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="folds trained side by side on this machine")] = 1,
+    tta: Annotated[str, typer.Option(autocompletion=_complete(('auto', *_names['tta'])),
+        help="average over views of each image: auto (what is better on validation images), none, flip, sizes or flip+sizes")] = 'auto',
     on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
         help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
     plugin: Plugin = None,
@@ -417,7 +419,7 @@ def submit(
     folds = source_fields.pop('folds', None)
     source = folder if trained else _source(folder, source_fields)
     run(source, images, out, folds=folds, recipe=recipe, given=recipe_fields,
-        weights_dir=weights_dir or '', jobs=jobs, spent=process_age(), force=force, on_bad=on_bad,
+        weights_dir=weights_dir or '', jobs=jobs, spent=process_age(), force=force, tta=tta, on_bad=on_bad,
         device=recipe_fields.get('device', 'auto'))
 
 # %% ../nbs/810_cli.ipynb #f490f587

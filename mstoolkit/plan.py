@@ -75,10 +75,12 @@ def _is_grey(s: Sample) -> bool|None: # `None`: it cannot be read
 # %% ../nbs/430_plan.ipynb #0092801a
 default_minutes = 20. # where neither minutes nor epochs are given
 
+_small = 96 # pixels: images with a shorter side are made larger to train on
+
 def _size(facts: DataFacts, on_cpu: bool, minutes: float) -> int: # in pixels
     "The side to train at: what the images have, in whole strides, and what the time allows."
     # at 32 px the deepest map of most networks is a single pixel
-    if facts.side < 96: return max(64, 32*round(facts.side/32))
+    if facts.side < _small: return max(64, 32*round(facts.side/32))
     return min(224 if on_cpu and minutes < 2 else 256, 32*round(facts.side/32))
 
 def size_and_batch(
@@ -125,11 +127,13 @@ def training_fields(
     n_stages: int = 5 # groups of the backbone's weights, as `stage_splitter` makes them
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
-    if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=-1)
+    # larger than they were made, images show nothing more: where they already are, no other size is tried to predict at
+    test_size = -1 if facts.side >= _small else 0
+    if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=test_size)
     elif hasattr(heads[head], 'pool') and not facts.streamed: # whose features are computed once
         start = _probed(passes, n_stages)
         passes *= _faster[start['frozen_stages']]
-    else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=-1)
+    else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=test_size)
     kept = start.get('keep_maps', 0)
     mix = dict(cutmix=.5, mix_off_share=.15) if passes >= enough_to_mix and not kept else dict(cutmix=0.)
     return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, 0 if kept else passes),

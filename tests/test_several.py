@@ -19,6 +19,7 @@ from mstoolkit.core import RunError
 from mstoolkit.data.core import image_loader
 from mstoolkit.data.sources import Sample
 from mstoolkit.evaluate.attribution import scale_attribution, scale_shares
+from mstoolkit.evaluate.gain import view_gains
 from mstoolkit.evaluate.interpret import label_errors
 from mstoolkit.evaluate.stats import fold_interval
 from mstoolkit.models.ensemble import Ensemble
@@ -27,6 +28,7 @@ from mstoolkit.predict import predict_folder, predict_probs
 from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run, Several, n_folds
 from mstoolkit.several import folds
+from mstoolkit.several import submit as submit_module
 from mstoolkit.several.combine import _cross_fitted, _kept, _Search, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
 from mstoolkit.several.folds import _share, resume_folds, train_folds
 from mstoolkit.several.submit import choice_optimism, expected_accuracy, submit
@@ -421,6 +423,24 @@ def test_submit_takes_folds_and_says_what_to_expect(three_folds, image_folder, t
     assert main(['submit', str(three_folds), str(image_folder/'test'), '--out', str(out)]) == 2 and 'already exists' in capsys.readouterr().err
     assert main(['submit', str(three_folds), str(image_folder/'test'), '--minutes', '3', '--out', str(tmp_path/'q.csv')]) == 2
     assert 'was trained already, --minutes is for a training' in capsys.readouterr().err
+
+
+def test_views_of_folds_are_judged_by_the_fold_that_held_an_image_out(three_folds, image_folder, tmp_path, monkeypatch, capsys):
+    df, each = view_gains(three_folds, ['flip'], device='cpu'), [view_gains(three_folds/f'fold-{k}', ['flip'], device='cpu') for k in range(3)]
+    n = sum(o.images['none'] for o in each)
+    assert df.images['none'] == n == len(Several(three_folds).preds) and df.accuracy['none'] == pytest.approx(Several(three_folds).accuracy)
+    assert df.accuracy['flip'] == pytest.approx(sum(o.accuracy['flip']*o.images['none'] for o in each)/n)
+    out = tmp_path/'p.csv'
+    # whatever views are better are taken, and counted: here the judging is made to say so
+    found = df.assign(verdict=['baseline', 'better'], diff=[0., .1])
+    monkeypatch.setattr(submit_module, 'view_gains', lambda *a, **kw: found)
+    e, plain = submit(three_folds, image_folder/'test', out, device='cpu'), submit(three_folds, image_folder/'test', tmp_path/'q.csv', tta='none', device='cpu')
+    assert e.accuracy == pytest.approx(min(1, plain.accuracy + .1)) and '+10.0 for views' in e.how and 'views' not in plain.how
+    assert e.low == pytest.approx(plain.low) and 'flip: accuracy' in capsys.readouterr().out
+    pd.testing.assert_frame_equal(pd.read_csv(out, dtype=str), predict_folder(three_folds, image_folder/'test', tta='flip', device='cpu'))
+    monkeypatch.setattr(submit_module, 'view_gains', lambda *a, **kw: found.assign(verdict='within noise'))
+    assert submit(three_folds, image_folder/'test', out, force=True, device='cpu') == plain
+    with pytest.raises(ValueError, match="unknown tta 'many'"): submit(three_folds, image_folder/'test', out, force=True, tta='many')
 
 
 def test_submit_trains_folds_and_goes_on_with_them(image_folder, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ __all__ = ['labelled_images', 'view_gains', 'gain_lines']
 
 # %% ../../nbs/725_evaluate.gain.ipynb #b6411a1f
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..data.sources import images_named
 from .stats import accuracy_interval, holm, mcnemar, paired_interval
 from ..models.views import allowed_views, view_sets
 from ..predict import predict_views, takes_one_size
-from ..runs import Run, Several
+from ..runs import Run, Several, fold_folder, n_folds
 
 # %% ../../nbs/725_evaluate.gain.ipynb #3b29a9b2
 def labelled_images(
@@ -52,8 +53,17 @@ def _row(name: str, p: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> dic
                 diff=diff, diff_low=diff_low, diff_high=diff_high, won=m.won, lost=m.lost, p=m.p)
 
 # %% ../../nbs/725_evaluate.gain.ipynb #f9cdb0a9
+def _answers(clf: Classifier, files: list[Path], labels: list[str], shown: str, classes: Sequence[str], how: dict
+             ) -> tuple[torch.Tensor, torch.Tensor]: # (views, images, classes), and the images' classes
+    "What a classifier says of each view of labelled images, its classes in the order of `classes`."
+    known, y, each = dict(zip(files, labels)), [], []
+    for p, ok, _ in predict_views(clf, files, tta=shown, **how):
+        each.append(p)
+        y += [list(classes).index(known[f]) for f in ok]
+    return torch.cat(each, 1)[..., [clf.header.classes.index(o) for o in classes]], torch.tensor(y)
+
 def view_gains(
-    model: Learner|str|Path, # a learner on `image_dls`, or a run folder whose images are where it found them
+    model: Learner|str|Path, # a learner on `image_dls`, or the folder of a run or of folds whose images are where it found them
     sets: list[str]|None = None, # keys of `view_sets` to look at; all that the training allows when not given
     *,
     bs: int = 64, # images in a batch
@@ -63,7 +73,10 @@ def view_gains(
     alpha: float = .05 # chance of any false verdict
 ) -> pd.DataFrame: # a row for each set, 'none' first: accuracy, log_loss, diff, diff_low, diff_high, p, verdict …
     "What each set of views brings on the validation images of a model."
-    clf, files, labels = labelled_images(model)
+    folds = 0 if isinstance(model, Learner) else n_folds(model)
+    # an image is judged by the fold that held it out: the average of the folds has learnt it
+    judges = [labelled_images(fold_folder(model, k)) for k in range(folds)] or [labelled_images(model)]
+    clf = Classifier.load(model) if folds else judges[0][0]
     if isinstance(model, Learner): device = device or str(model.dls.device)
     if sets is None:
         sets = allowed_views(clf.header.mirrored, takes_one_size(clf))
@@ -73,12 +86,10 @@ def view_gains(
     sets = ['none', *(choice(o, view_sets, 'tta') for o in sets if o != 'none')]
     needed = {v for o in sets for v in view_sets[o]}
     shown = min((o for o in view_sets if needed <= set(view_sets[o])), key=lambda o: len(view_sets[o]))
-    index, known, y, each = {c: i for i, c in enumerate(clf.header.classes)}, dict(zip(files, labels)), [], []
     how: dict[str, Any] = dict(bs=bs, num_workers=num_workers, device=device or 'auto', precision=precision)
-    for p, ok, _ in predict_views(clf, files, tta=shown, **how):
-        each.append(p)
-        y += [index[known[f]] for f in ok]
-    views, y, at = torch.cat(each, 1), torch.tensor(y), view_sets[shown].index
+    parts = [_answers(*j, shown, clf.header.classes, how) for j in judges]
+    views, y = torch.cat([p for p, _ in parts], 1), torch.cat([o for _, o in parts])
+    at = view_sets[shown].index
     means = {o: views[[at(v) for v in view_sets[o]]].mean(0) for o in sets}
     df = pd.DataFrame([_row(o, p, y, means['none']) for o, p in means.items()]).set_index('views')
     df.loc[sets[1:], 'p'] = holm(df.p[sets[1:]])

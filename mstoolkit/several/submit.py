@@ -18,9 +18,11 @@ import numpy as np
 
 from ..callback.tracker import metric_mode
 from ..classifier import Classifier
-from ..core import check_new, counted
+from ..core import check_new, choice, counted
 from ..data.sources import DataSource, data_source, image_files
+from ..evaluate.gain import gain_lines, view_gains
 from ..evaluate.stats import accuracy_interval
+from ..models.views import view_sets
 from ..predict import predict_folder, predict_probs, write_predictions
 from ..recipe import Recipe, load_recipe
 from ..runs import Run, Several, fold_folder, n_folds, read_env, run_file
@@ -76,7 +78,8 @@ class Expected:
 
 def expected_accuracy(
     folder: str|Path, # a run folder, one of folds, or a combination
-    images: str|Path # the folder that is predicted
+    images: str|Path, # the folder that is predicted
+    views_gain: float = 0. # what views of each image bring on validation images, as a share
 ) -> Expected:
     "How often a model should be right on these new images, if they are like those that it was validated on."
     folder, files = Path(folder), image_files(images)
@@ -85,18 +88,23 @@ def expected_accuracy(
     k = max(2, round(1/(1/n + 1/len(files)))) # chance is in the validation images, and in those to come
     span = lambda level: accuracy_interval(np.arange(k) < round(right*k), level)
     low, high = span(.95)
+    by_views = f", {100*views_gain:+.1f} for views of each image" if views_gain else ''
     if folds := n_folds(folder):
         lost, gain = _optimism(folder, folds), _gain(folder, folds, files, right)
         how = (f"{right:.4f} out of fold, {100*lost:.1f} points less for the choice of an epoch, about {100*gain:.1f} "
-               f"more for the mean of {folds} folds, by how they disagree on these images")
-        mid = right - lost + gain
-        return Expected(mid, max(0., min(low - lost, mid)), min(1., max(high + gain, mid)), how)
+               f"more for the mean of {folds} folds, by how they disagree on these images{by_views}")
+        return _expected(right - lost + gain, low - lost, high + gain, views_gain, how)
     if isinstance(run, Several):
-        return Expected(right, low, high, f"{right:.4f} on images that the choosing had not seen")
+        return _expected(right, low, high, views_gain, f"{right:.4f} on images that the choosing had not seen{by_views}")
     epochs = len(run.history)
     # whichever of so many epochs was chosen, all of them keep to this together
-    how = f"{right:.4f} on {counted(n, 'validation image')}, the best of {counted(epochs, 'epoch')}"
-    return Expected(right, span(1 - .05/epochs)[0], high, how)
+    how = f"{right:.4f} on {counted(n, 'validation image')}, the best of {counted(epochs, 'epoch')}{by_views}"
+    return _expected(right, span(1 - .05/epochs)[0], high, views_gain, how)
+
+def _expected(mid: float, low: float, high: float, views_gain: float, how: str) -> Expected:
+    "With what views bring; at the lower end they bring nothing."
+    mid = min(1., max(0., mid + views_gain))
+    return Expected(mid, max(0., min(low, mid)), min(1., max(high + max(views_gain, 0), mid)), how)
 
 def _optimism(folder: Path, folds: int) -> float:
     "`choice_optimism` of a folder of folds."
@@ -125,18 +133,33 @@ def submit(
     jobs: int = 1, # folds side by side
     spent: float = 0., # seconds that the minutes have already lost, to imports say
     force: bool = False, # replace a file that is there
+    tta: str = 'auto', # views of each image: auto, what is better on validation images; or none, flip, sizes, flip+sizes
     **predict: Any # further options of `predict_folder`: on_bad, device, bs, top_k …
 ) -> Expected: # what the submission should score
     "Train folds or go on with them, predict with their mean, write the submission, and say what to expect of it."
     out, found = check_new(Path(out), force=force), image_files(images)
+    choice(tta, ('auto', *view_sets), 'tta')
     made = _trained(folder, out, dict(folds=folds, recipe=recipe, given=given, weights_dir=weights_dir), jobs, spent)
-    df = predict_folder(made, images, **predict)
-    exp = expected_accuracy(made, images)
+    tta, gain = _views(made, tta, predict.get('device') or 'auto')
+    df = predict_folder(made, images, tta=tta, **predict)
+    exp = expected_accuracy(made, images, gain)
     write_predictions(df, out, zip=out.suffix == '.zip', force=force)
     print(f"{counted(len(df), 'prediction')} of {counted(len(found), 'image')} in {out}", flush=True)
     told = f"{exp.accuracy:.3f}, 95 % interval {exp.low:.3f} to {exp.high:.3f} ({exp.how})"
     print(f"accuracy to expect: {told}", flush=True)
     return exp
+
+def _views(made: Path, tta: str, device: str) -> tuple[str, float]: # and what they bring on validation images, as a share
+    "The views to average over, and a word on them."
+    if tta == 'none': return tta, 0.
+    try: df = view_gains(made, None if tta == 'auto' else [tta], device=device)
+    except FileNotFoundError as e:
+        print(f"what views bring is not known: {e}", flush=True)
+        return ('none' if tta == 'auto' else tta), 0.
+    print(*gain_lines(df), sep='\n', flush=True)
+    better = df[df.verdict == 'better']
+    if tta == 'auto': tta = better.accuracy.idxmax() if len(better) else 'none'
+    return tta, float(df['diff'][tta])
 
 def _check_asked(work: Path, source: DataSource, todo: dict):
     "Folds that were trained on other images, or in another way than is asked for, are no answer to it."
