@@ -327,16 +327,24 @@ class Classifier(NamesImages):
         return cls(model.to(device), header)
 
 # %% ../nbs/620_classifier.ipynb #3e54efc1
-def _by_name(clf: Classifier, classes: list) -> nn.Module:
-    "The network of `clf` with its outputs in the order of `classes`, of which it has the same."
-    fc = next((m for m in reversed(list(clf.model.modules())) if isinstance(m, nn.Linear)), None)
+def _as_member(clf: Classifier, name: str, classes: list) -> nn.Module:
+    "The network of `clf`, or a copy with its outputs in the order of `classes`, of which it has the same, and over its temperature."
+    h = clf.header
+    if h.classes == classes and h.temperature == 1: return clf.model
+    net = deepcopy(clf.model)
+    fc = next((m for m in reversed(list(net.modules())) if isinstance(m, nn.Linear)), None)
     if fc is None or fc.out_features != len(classes):
-        raise ValueError("the classes are in another order, and a network that does not end in a linear layer "
-                         "cannot be given the first one's: train it with the same class list (classes=, --classes)")
-    order = [clf.header.classes.index(o) for o in classes]
+        why = "a network that does not end in a linear layer cannot be given "
+        if h.classes != classes:
+            raise ValueError(f"the classes are in another order, and {why}the first one's: "
+                             "train it with the same class list (classes=, --classes)")
+        raise ValueError(f"{name} has the temperature {h.temperature:g}, and {why}one among others: "
+                         "put it together without (change_header(…, temperature=1.))")
+    if h.classes != classes: print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
+    order = [h.classes.index(o) for o in classes]
     with torch.no_grad():
-        for p in filter(lambda p: p is not None, (fc.weight, fc.bias)): p.copy_(p[order].clone())
-    return clf.model
+        for p in filter(lambda p: p is not None, (fc.weight, fc.bias)): p.copy_(p[order]/h.temperature)
+    return net
 
 def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list[tuple]:
     "The networks of a classifier, outputs in the order of `classes`, each with what the file says of it."
@@ -347,10 +355,7 @@ def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list
         raise ValueError(f"{name} knows other classes than the first, {some} ({len(own)} and {len(classes)} in all): "
                          "only networks of the same classes can be put together")
     if not h.members:
-        if h.classes != classes:
-            print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
-            clf = replace(clf, model=_by_name(replace(clf, model=deepcopy(clf.model)), classes))
-        return [(clf.model, dict(name=name, weight=1., config=h.config, size=h.size, mean=h.mean, std=h.std))]
+        return [(_as_member(clf, name, classes), dict(name=name, weight=1., config=h.config, size=h.size, mean=h.mean, std=h.std))]
     if h.average != average or h.classes != classes:
         raise ValueError(f"{name} is an average of {h.average} already, of {len(h.members)} networks: "
                          "put together the runs it was made of")
