@@ -151,10 +151,10 @@ def test_what_is_averaged_is_what_each_predicts_alone(head, image_folder, tmp_pa
     models = [classifier(0, head=head), classifier(1, head=head), classifier(2, head=head, classes=order)]
     models = [Classifier(o.model, replace(o.header, temperature=t)) for o, t in zip(models, (.4, 2., 1.5))]
     before = [{k: v.clone() for k, v in o.model.state_dict().items()} for o in models]
-    alone = [predict_probs(o, files, device='cpu')[0] for o in models]
+    alone = [predict_probs(o, files, device='cpu', precision='exact')[0] for o in models]
     alone[2] = alone[2][:, [order.index(c) for c in CLASSES]]
     average_models(models).save(tmp_path/'m.safetensors')
-    p = predict_probs(Classifier.load(tmp_path/'m.safetensors'), files, device='cpu')[0]
+    p = predict_probs(Classifier.load(tmp_path/'m.safetensors'), files, device='cpu', precision='exact')[0]
     torch.testing.assert_close(p, torch.stack(alone).mean(0), atol=1e-6, rtol=0)
     assert all(torch.equal(v, o.model.state_dict()[k]) for b, o in zip(before, models) for k, v in b.items())   # they are as they were
 
