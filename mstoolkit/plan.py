@@ -154,10 +154,12 @@ scratch_passes = 8 # what a network from scratch needs to see its data to make a
 
 def _from_scratch(facts: DataFacts, given: dict, kw: dict, seconds: float) -> tuple[dict, float]:
     "As many channels as let the training see its data often enough."
+    # a network this small keeps processors busier with more images at once, where that leaves steps enough: 1.17 times on two
+    if given.get('bs', 'auto') == 'auto': kw = kw | dict(bs=max(kw['bs'], min(64, facts.n_train//256)))
     for options in (given['timm'],) if given.get('timm') else scratch_widths:
         passes = _passes(scratch_backbone, options, facts, kw, seconds)
         if passes >= scratch_passes: break
-    return dict(backbone=scratch_backbone, timm=options), passes
+    return dict(backbone=scratch_backbone, timm=options, bs=kw['bs']), passes
 
 def _backbone(facts: DataFacts, given: dict, fields: dict, seconds: float, device, weights_dir, told: list) -> tuple[dict, float]:
     "Backbone and weights as recipe fields, and how often they will see the data."
