@@ -1,5 +1,6 @@
 "What tools that keep runs were told, read back and compared with the run's own table."
 import json
+import sqlite3
 import struct
 
 import pandas as pd
@@ -76,24 +77,29 @@ def test_wandb_offline(image_folder, tmp_path, tiny, monkeypatch):
     assert kept.type == 'model' and {'model.safetensors', 'history.csv', 'curves.png'} <= {e.path for e in kept.manifest.contents}
 
 
-def test_mlflow_files(image_folder, tmp_path, tiny, monkeypatch):
+@pytest.mark.filterwarnings('default') # its own
+def test_mlflow_database(image_folder, tmp_path, tiny, monkeypatch):
     pytest.importorskip('mlflow', reason='no release of MLflow goes with the pinned protobuf and pandas')
     from mlflow.tracking import MlflowClient
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
     folder, history = run(image_folder, tmp_path, tiny, 'mlflow')
-    client = MlflowClient((folder/'mlruns').absolute().as_uri())
+    client = MlflowClient(f"sqlite:///{folder/'mlflow.db'}")
     (found,) = client.search_runs([client.get_experiment_by_name('mstoolkit').experiment_id])
     each = {k: [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, k)] for k in found.data.metrics}
     compare(history, each)
     assert found.data.params['backbone'] == 'test_resnet'
-    assert 'model.safetensors' in {f.path for f in client.list_artifacts(found.info.run_id)}
+    assert 'model.safetensors' in {f.path for f in client.list_artifacts(found.info.run_id)} and any((folder/'mlruns').rglob('model.safetensors'))
 
 
 def test_trackio(image_folder, tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path/'trackio')) # which it reads when it is imported
     pytest.importorskip('trackio', reason='no release of Trackio goes with the pinned packages')
-    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path/'trackio'))
-    run(image_folder, tmp_path, tiny, 'trackio')
-    assert list((tmp_path/'trackio').glob('*.db'))
+    _, history = run(image_folder, tmp_path, tiny, 'trackio')
+    with sqlite3.connect(tmp_path/'trackio'/'mstoolkit.db') as db:
+        rows = [(step, json.loads(values)) for step, values in db.execute('select step, metrics from metrics order by step')]
+        assert 'test_resnet' in str(db.execute('select config from configs').fetchall())
+    compare(history, {k: [(step, v[k]) for step, v in rows] for k in rows[0][1]})
+    assert any(f.read_bytes() == (tmp_path/'run'/'model.safetensors').read_bytes() for f in (tmp_path/'trackio').rglob('*') if f.is_file())
 
 
 def test_a_resumed_run_counts_on(image_folder, tmp_path, tiny):

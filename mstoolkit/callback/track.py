@@ -9,6 +9,7 @@ __all__ = ['trackers', 'TensorBoard', 'check_trackers', 'Track']
 
 # %% ../../nbs/396_callback.track.ipynb #7219b3c8
 import os
+import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from math import isfinite
@@ -73,13 +74,14 @@ class _WandB:
     def close(self): self.run.finish()
 
 class _MLflow:
-    "A run of MLflow, in files of its own where no server is named."
+    "A run of MLflow, in a database of its own where no server is named: MLflow writes no more files without one."
     def __init__(self, folder: Path, name: str, params: dict, last: str):
         from mlflow.tracking import MlflowClient
-        self.client = MlflowClient(os.environ.get('MLFLOW_TRACKING_URI') or (folder/'mlruns').absolute().as_uri())
+        there = os.environ.get('MLFLOW_TRACKING_URI')
+        self.client = MlflowClient(there or f"sqlite:///{(folder/'mlflow.db').absolute()}")
         title = os.environ.get('MLFLOW_EXPERIMENT_NAME') or 'mstoolkit'
-        known = self.client.get_experiment_by_name(title)
-        experiment = known.experiment_id if known else self.client.create_experiment(title)
+        known, files = self.client.get_experiment_by_name(title), (folder/'mlruns').absolute().as_uri()
+        experiment = known.experiment_id if known else self.client.create_experiment(title, None if there else files)
         self.id = last or self.client.create_run(experiment, run_name=name).info.run_id
         if not last:
             for k, v in params.items(): self.client.log_param(self.id, k, v)
@@ -101,7 +103,13 @@ class _Trackio:
         self.run = trackio.init(project='mstoolkit', name=self.id, config=params, resume='allow' if last else 'never')
 
     def log(self, step: int, values: dict): self.run.log(values, step=step)
-    def finish(self, files: Iterable[Path]): "It has no place for files of a run."
+
+    def finish(self, files: Iterable[Path]):
+        import trackio
+        found = trackio.Artifact(re.sub(r'[^\w.-]', '-', f'run-{self.id}'), type='model')
+        for f in files: found.add_file(str(f))
+        self.run.log_artifact(found)
+
     def close(self): self.run.finish()
 
 # %% ../../nbs/396_callback.track.ipynb #f28c70cd
