@@ -256,8 +256,13 @@ def ranks(pid: int) -> list[int]:
 def together(t: Trials, n: int) -> str:
     "Two processes that train together, fine-tuning with mixing, an average, plateau and early stop: all are killed, or one of the two."
     name, before, start, ways = 'two processes, SIGKILL of all and of one', len(t.bad), time.monotonic(), []
-    first = lambda out: ['train', t.data, '--recipe', 'gate', '--out', out, '--processes', 2, *t.options(0), *TOGETHER]
-    ref = t.root/'together'
+    import timm
+    import torch
+    weights, ref = t.root/'weights.pt', t.root/'together'
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_resnet').state_dict(), weights)
+    options = [*(o for o in t.options(0) if o not in ('--no-pretrained', '--epochs', '4')), *TOGETHER, '--weights-file', weights]
+    first = lambda out: ['train', t.data, '--recipe', 'gate', '--out', out, '--processes', 2, *options]
     o = t.child(first(ref)).wait(300)
     if o.code:
         t.failed(name, 'in one go', o.text[-600:])
