@@ -471,7 +471,7 @@ def _tell_processes(r: Recipe):
     print(f"{n} processes: each takes {most if most == least else f'{most} or {least}'} of the {r.bs} images of a batch", flush=True)
 
 # %% ../nbs/710_train.ipynb #7aa62238
-def _check_same(now: dict, was: dict, path: str):
+def _check_same(now: dict, was: dict, source: DataSource):
     "Refuse other data or another recipe; say what else is not as it was."
     begun = was.get('recipe', {})
     if (c := begun.get('compile')) in ('True', 'False'): # as it was written once
@@ -482,13 +482,14 @@ def _check_same(now: dict, was: dict, path: str):
         told = "{train:,} training and {valid:,} validation images of {classes} classes"
         then, here = told.format(**was['data']), told.format(**now['data'])
         what = f"{then} then, {here} now" if then != here else f"{then} as before, but of other names or labels"
-        raise ValueError(f"the data in {path!r} has changed since the run began: {what}")
+        raise ValueError(f"the data in {source.path!r} has changed since the run began: {what}")
     if was['data'].get('contents') not in (None, now['data']['contents']): # runs of earlier versions have none
-        raise ValueError(f"the images in {path!r} have changed since the run began: the same names, other content")
+        raise ValueError(f"the images in {source.path!r} have changed since the run began: the same names, other content")
     then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}, 'processes': e.get('processes', 1)}
                   for e in (was, now))
     if differs := [f'{k} {then.get(k)} then, {v} now' for k, v in here.items() if v != then.get(k)]:
-        print(f"the weights may differ in rounding from those of a run in one go: {'; '.join(differs)}", flush=True)
+        order = ', and its stream goes on from about as far, in another order'*(source.stream and then['processes'] != here['processes'])
+        print(f"the weights may differ in rounding from those of a run in one go{order}: {'; '.join(differs)}", flush=True)
 
 # %% ../nbs/710_train.ipynb #c0ea7295
 def images_of(
@@ -527,7 +528,7 @@ def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None,
     source = images_of(run, data)
     learn = _prepare(r, source)
     now = from_first(_surroundings(learn.dls) | dict(recipe=_told(r)))
-    _check_same(now, env, source.path)
+    _check_same(now, env, source)
     env['recipe'] = now['recipe']
     env['resumed'] = [*env.get('resumed', []), now['started']]
     if not process_rank():
