@@ -189,6 +189,13 @@ def _sketch(name: str, fields: dict) -> MultiScaleModel:
     kw = dict(pretrained=False, img_size=fields['size'])
     with torch.device('meta'): return multiscale_model(name, fields['head'], 2, **kw)
 
+def _check_given(given: dict):
+    "Refuse what will not do before networks are timed."
+    Recipe.checked_values({k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
+    length = {k: given[k] for k in ('minutes', 'epochs') if k in given}
+    if length and not any(length.values()): raise ValueError(f"{' and '.join(length)} of 0: give minutes or epochs above 0, or neither")
+    Recipe.from_dict(length)
+
 def auto_recipe(
     data: str|Path|DataSource, # folder of images, or all that a `DataSource` says of them
     *,
@@ -197,6 +204,7 @@ def auto_recipe(
 ) -> tuple[Recipe, list[str]]: # and why it is so, in lines
     "A recipe for the data, this machine and the time; all that is not given is chosen."
     source = data_source(data)
+    _check_given(given)
     if not given.get('minutes') and not given.get('epochs'): given['minutes'] = default_minutes
     minutes = given.get('minutes') or default_minutes
     device, facts = pick_device(given.get('device', 'auto')), data_facts(source, given.get('seed', 42))

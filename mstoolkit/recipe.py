@@ -11,7 +11,7 @@ __all__ = ['PlainT', 'recipes', 'option', 'PlainData', 'read_toml', 'Recipe', 'l
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -55,7 +55,7 @@ def option(
 def _checked(
     name: str, # what the field is called: "recipe field 'bs'"
     v: Any, # the value a user gave
-    m: dict # the field's metadata
+    m: Mapping # the field's metadata
 ): # `v` as the field's own type
     "Return `v` as the field's type, or raise a `ValueError` that names the field, the bad value and the good ones."
     kind, lo, hi, above, word = m['kind'], m['lo'], m['hi'], m['above'], m['word']
@@ -79,9 +79,16 @@ class PlainData:
     noun: ClassVar[str] = 'option' # what a field is called in errors
 
     def __post_init__(self):
-        for f in fields(self):
-            v = _checked(f'{self.noun} {f.name!r}', getattr(self, f.name), f.metadata)
-            object.__setattr__(self, f.name, v)
+        for k, v in self.checked_values({f.name: getattr(self, f.name) for f in fields(self)}).items(): object.__setattr__(self, k, v)
+
+    @classmethod
+    def checked_values(cls,
+        d: dict # field names and values
+    ) -> dict: # the values in their fields' types
+        "Check each value by itself, before it is known what the others will be."
+        about = {f.name: f.metadata for f in fields(cls)}
+        for k in d: choice(k, about, cls.noun, max_listed=50)
+        return {k: _checked(f'{cls.noun} {k!r}', v, about[k]) for k, v in d.items()}
 
     @classmethod
     def from_dict(cls: type[PlainT],

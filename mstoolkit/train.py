@@ -251,8 +251,11 @@ def _budget(r: Recipe, learn: Learner, clock: float) -> list:
     after = sum((s/r.size)**2 for s in [r.size, *larger_sizes(r.size)]) if r.test_size < 0 else 1
     # the model file is written once more, with its temperature
     written = sum(p.numel()*p.element_size() for p in learn.model.parameters())/2e8
-    return [Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
-                   passes_after=after/(2 if r.ema else 1), seconds_after=5 + written)]
+    budget = Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
+                    passes_after=after/(2 if r.ema else 1), seconds_after=5 + written)
+    if budget.left <= 0:
+        print(f"{r.minutes:g} minutes are over before the training can begin: it learns from one batch; give more", flush=True)
+    return [budget]
 
 def _params(learn: Learner, r: Recipe) -> dict: # name → plain value
     "What tools show beside the numbers of a run."
@@ -459,16 +462,17 @@ def _train(recipe: Recipe|str|Path, source: DataSource, out: str|Path|None, give
             raise
         print(f"{r.name}: {r.head} head on {r.backbone}, {len(dls.vocab)} classes, {len(dls.train_ds):,} training and "
               f"{len(dls.valid_ds):,} validation images, {dls.device}; run folder {run}", flush=True)
-        _tell_processes(r)
+        _tell_processes(r, dls)
         if aside := left_aside(source): print(f"left aside: {aside}", flush=True)
         _run(learn, r, run, env, cbs, clock)
     return learn
 
-def _tell_processes(r: Recipe):
+def _tell_processes(r: Recipe, dls: DataLoaders):
     "Say what each process gets."
     if (n := n_processes()) == 1: return
-    most, least = (f(part_sizes(r.bs, n)) for f in (max, min))
-    print(f"{n} processes: each takes {most if most == least else f'{most} or {least}'} of the {r.bs} images of a batch", flush=True)
+    bs = dls.train.bs or r.bs # of fewer images, where there are not so many
+    most, least = (f(part_sizes(bs, n)) for f in (max, min))
+    print(f"{n} processes: each takes {most if most == least else f'{most} or {least}'} of the {bs} images of a batch", flush=True)
 
 # %% ../nbs/710_train.ipynb #7aa62238
 def _check_same(now: dict, was: dict, source: DataSource):

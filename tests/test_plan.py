@@ -141,3 +141,11 @@ def test_a_named_recipe_under_a_budget(image_folder, tmp_path):
 
 
 def test_how_long_a_process_runs(): assert 0 < process_age() < 7*24*3600
+
+
+@pytest.mark.parametrize('given,said', [
+    (dict(minutes=-1.), "'minutes' is -1.0"), (dict(minutes=float('nan')), "'minutes' is nan"), (dict(minutes=1., epochs=3), 'give one of them'),
+    (dict(minutes=0.), 'minutes of 0'), (dict(epochs=0), 'epochs of 0'), (dict(lr=-1.), "'lr' is -1.0"), (dict(backbnoe='auto'), "unknown recipe field 'backbnoe'")])
+def test_what_will_not_do_is_said_before_networks_are_timed(given, said, image_folder, monkeypatch):
+    monkeypatch.setattr(plan, 'data_facts', lambda *_: 1/0)
+    with pytest.raises(ValueError, match=said): auto_recipe(image_folder, device='cpu', **given)

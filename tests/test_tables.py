@@ -445,7 +445,7 @@ def test_a_port_in_use_is_said_in_one_line(monkeypatch):
 
 
 def test_more_processes_than_images_of_a_folder(image_folder):
-    with pytest.raises(ValueError, match='40 processes and batches of 24 images: each needs one or more'):
+    with pytest.raises(ValueError, match='40 processes and 24 training images: each needs one or more, so use 24 processes or fewer'):
         Share(image_dls(image_folder, size=32, bs=64, num_workers=0, device='cpu').train, 0, 40)
 
 

@@ -31,7 +31,7 @@ from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastcore.imports import noop
 from .core import AttachedCallback, is_lasting_fit
-from ..core import (RunError, as_first, draw_from, end_with_parent, from_first, joined, local_processes, n_processes,
+from ..core import (RunError, as_first, counted, draw_from, end_with_parent, from_first, joined, local_processes, n_processes,
                             process_rank, processors, sum_of_all)
 from ..models.arithmetic import untouched
 from torch import Tensor
@@ -108,6 +108,9 @@ class Share(GetAttr):
         if not isinstance(dl, DataLoader) or dl.n is None or dl.bs is None:
             raise ValueError(f"batches of a {type(dl).__name__} cannot be shared out: Distributed needs fastai's loaders with a length, "
                              "such as those of image_dls")
+        if dl.n < processes and dl.drop_last:
+            raise ValueError(f"{processes} processes and {counted(dl.n, 'training image')}: each needs one or more, "
+                             f"so use {dl.n} processes or fewer (--processes)")
         if dl.bs < processes and dl.drop_last or not dl.n:
             raise ValueError(f"{processes} processes and batches of {min(dl.bs, dl.n)} images: each needs one or more, "
                              "so use fewer processes or a larger batch (bs, --bs)")
