@@ -253,6 +253,16 @@ def ranks(pid: int) -> list[int]:
     return [int(o) for o in below]
 
 
+def of_command(out: Path) -> list[int]: # process ids
+    "The living processes whose command line names a run folder, in whatever session they are."
+    found = []
+    for o in Path('/proc').glob('[0-9]*'):
+        try:
+            if str(out).encode() in (o/'cmdline').read_bytes(): found.append(int(o.name))
+        except OSError: pass
+    return found
+
+
 def together(t: Trials, n: int) -> str:
     "Two processes that train together, fine-tuning with mixing, an average, plateau and early stop: all are killed, or one of the two."
     name, before, start, ways = 'two processes, SIGKILL of all and of one', len(t.bad), time.monotonic(), []
@@ -280,7 +290,7 @@ def together(t: Trials, n: int) -> str:
         r = child.wait(60)
         if r.late: t.failed(name, moment, 'the others did not end with it in a minute')
         until = time.monotonic() + 10
-        while (left := [p for p in there if Path(f'/proc/{p}').exists()]) and time.monotonic() < until: time.sleep(.05)
+        while (left := of_command(out)) and time.monotonic() < until: time.sleep(.05)
         if left:
             t.failed(name, moment, f'{len(left)} processes live 10 s later')
             end(left)

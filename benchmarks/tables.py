@@ -83,7 +83,7 @@ def limited(way: str, at: Path, spare: float, side: int) -> dict:
         learn = fusion_learner(dls, 'test_resnet', head='plain', pretrained=False)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         return dict(passed=True, why='', MiB=memory('RssAnon'))
-    except (MemoryError, RuntimeError, OSError) as e: return dict(passed=False, why=str(e)[:100])
+    except (MemoryError, RuntimeError, OSError) as e: return dict(passed=False, why=str(e)[:100] or type(e).__name__)
 
 
 def child(*words) -> dict:

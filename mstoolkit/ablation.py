@@ -28,8 +28,8 @@ from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
 from .callback.distributed import start_processes, together
-from .core import (atomic_path, check_new, choice, connected_ray, folder_name, from_first, import_plugins, n_processes,
-                            pick_device, process_age, process_rank, ray_machines, share_processors, write_text)
+from .core import (atomic_path, check_new, choice, connected_ray, first_to_fail, folder_name, from_first, import_plugins,
+                            n_processes, pick_device, process_age, process_rank, ray_machines, share_processors, write_text)
 from .data.check import check_samples
 from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
@@ -143,14 +143,17 @@ def run_job(
 _program = ('import sys; from mstoolkit.core import end_with_parent; end_with_parent(int(sys.argv[1])); '
             'from mstoolkit.ablation import _run_below; _run_below(*sys.argv[2:])')
 
-def _run_below(folder: str, recipe: str, source: str, threads: str, processes: str = '1'):
+def _run_below(folder: str, recipe: str, source: str, threads: str, processes: str = '1', spent: str = '0'):
     "`run_job` in a process of its own, or in several that train together."
     if (n := int(processes)) > 1 and n_processes() == 1:
         each = max(1, int(threads)//n)
-        words = [str(os.getpid()), folder, recipe, source, str(each), processes]
-        sys.exit(start_processes(words, n, threads=each, program=('-c', _program)))
+        words = [os.getpid(), folder, recipe, source, each, processes, process_age()]
+        sys.exit(start_processes([*map(str, words)], n, threads=each, program=('-c', _program)))
     import_plugins()
-    run_job(folder, recipe, source, int(threads), process_age())
+    try: run_job(folder, recipe, source, int(threads), process_age() + float(spent))
+    except Exception:
+        if first_to_fail(): raise
+        sys.exit(1) # the log ends with what went wrong first
 
 def _start(job: Job, source: Path, threads: int, processes: int = 1, *, gpu: str|None = None) -> subprocess.Popen:
     "Start one run in a process of its own; what it prints goes into a log beside its folder."
@@ -207,7 +210,8 @@ def _here(jobs: list[Job], source: Path, threads: int) -> Iterator[tuple]:
 def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
     "Run the jobs on a Ray cluster."
     ray, (source, threads, processes) = connected_ray(), args
-    threads, gpus = _room(ray_machines(), threads, processes)
+    on_gpus = any(j.recipe.device != 'cpu' for j in jobs)
+    threads, gpus = _room([(c, g*on_gpus) for c, g in ray_machines()], threads, processes)
     remote = ray.remote(num_cpus=threads, num_gpus=gpus)(_start_and_wait)
     waiting = {remote.remote(j, source, threads, processes): j for j in jobs}
     try:
@@ -222,7 +226,7 @@ def _room(machines: list[tuple[int, int]], threads: int, processes: int) -> tupl
     if gpus and processes > gpus:
         raise ValueError(f"{processes} processes of a run want a GPU each, and no machine of the cluster has more than {gpus}: "
                          "give fewer (--processes)")
-    most = min(c*processes//g for c, g in machines if g) if gpus else max((c for c, _ in machines), default=threads)
+    most = min(c*processes//g for c, g in machines if g >= processes) if gpus else max((c for c, _ in machines), default=threads)
     return max(1, min(threads, most)), processes if gpus else 0
 
 def _start_and_wait(job: Job, *args) -> str|None: return _outcome(job, _start(job, *args).wait())
@@ -356,6 +360,8 @@ def run_study(
     for what, n in dict(seeds=seeds, jobs=jobs, threads=threads, processes=processes).items():
         if n is not None and n < 1: raise ValueError(f"{what} is {n}: give 1 or more")
     todo = study_jobs(study, base, seeds, out)
+    if processes > 1 and any(j.recipe.keep_maps for j in todo):
+        raise ValueError("recipe field 'keep_maps' is for one process alone: leave it out, or --processes")
     if dry_run: return _plan(todo, source, jobs)
     source = _settle(study, base, source, out)
     if not study_file(out, 'run_source').is_file():

@@ -331,20 +331,24 @@ def _as_member(clf: Classifier, name: str, classes: list) -> nn.Module:
     "The network of `clf`, or a copy with its outputs in the order of `classes`, of which it has the same, and over its temperature."
     h = clf.header
     if h.classes == classes and h.temperature == 1: return clf.model
-    net = deepcopy(clf.model)
+    net, order = deepcopy(clf.model).eval(), [h.classes.index(o) for o in classes]
     fc = next((m for m in reversed(list(net.modules())) if isinstance(m, nn.Linear)), None)
-    if fc is None or fc.out_features != len(classes):
-        why = "a network that does not end in a linear layer cannot be given "
-        if h.classes != classes:
-            raise ValueError(f"the classes are in another order, and {why}the first one's: "
-                             "train it with the same class list (classes=, --classes)")
-        raise ValueError(f"{name} has the temperature {h.temperature:g}, and {why}one among others: "
-                         "put it together without (change_header(…, temperature=1.))")
-    if h.classes != classes: print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
-    order = [h.classes.index(o) for o in classes]
+    x = torch.randn(1, h.config.get('in_chans', 3), h.size, h.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for p in filter(lambda p: p is not None, (fc.weight, fc.bias)): p.copy_(p[order]/h.temperature)
-    return net
+        x = x.to(next(net.parameters()).device)
+        want = net(x)[:, order]/h.temperature
+        if fc is not None and fc.out_features == len(classes):
+            for p in filter(lambda p: p is not None, (fc.weight, fc.bias)): p.copy_(p[order]/h.temperature)
+        done = torch.allclose(net(x), want, rtol=1e-4, atol=1e-4)
+    if done:
+        if h.classes != classes: print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
+        return net
+    if h.classes != classes:
+        raise ValueError("the classes are in another order, and a network that does not end in a linear layer "
+                         "cannot be given the first one's: train it with the same class list (classes=, --classes)")
+    print(f"{name} is averaged without its temperature {h.temperature:g}, which a network that does not end in a linear layer cannot "
+          "take", file=sys.stderr, flush=True)
+    return clf.model
 
 def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list[tuple]:
     "The networks of a classifier, outputs in the order of `classes`, each with what the file says of it."
@@ -397,8 +401,10 @@ def average_models(
              for net, m in _one_by_one(clf, name, own[0].header.classes, average)]
     _check_once(parts)
     first, members = parts[0][1], [m for _, m in parts]
+    alike = lambda k, other: getattr(own[0].header, k) if len({getattr(o.header, k) for o in own}) == 1 else other
     header = ModelHeader(classes=own[0].header.classes, metrics=metrics or {}, members=members, average=average,
-                         format=2, **{k: first[k] for k in ('config', 'size', 'mean', 'std')})
+                         augment=alike('augment', ''), mirrored=alike('mirrored', None), format=2,
+                         **{k: first[k] for k in ('config', 'size', 'mean', 'std')})
     return Classifier(_together([o for o, _ in parts], header).eval(), header)
 
 # %% ../nbs/620_classifier.ipynb #c7909d41

@@ -75,12 +75,10 @@ def _is_grey(s: Sample) -> bool|None: # `None`: it cannot be read
 # %% ../nbs/430_plan.ipynb #0092801a
 default_minutes = 20. # where neither minutes nor epochs are given
 
-_small = 96 # pixels: images with a shorter side are made larger to train on
-
 def _size(facts: DataFacts, on_cpu: bool, minutes: float) -> int: # in pixels
     "The side to train at: what the images have, in whole strides, and what the time allows."
     # at 32 px the deepest map of most networks is a single pixel
-    if facts.side < _small: return max(64, 32*round(facts.side/32))
+    if facts.side < 96: return max(64, 32*round(facts.side/32))
     return min(224 if on_cpu and minutes < 2 else 256, 32*round(facts.side/32))
 
 def size_and_batch(
@@ -127,8 +125,7 @@ def training_fields(
     n_stages: int = 5 # groups of the backbone's weights, as `stage_splitter` makes them
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
-    # larger than they were made, images show nothing more: where they already are, no other size is tried to predict at
-    test_size = -1 if facts.side >= _small else 0
+    test_size = -1 if facts.side > 64 else 0 # smaller images are made larger already, and show nothing more in other sizes
     if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=test_size)
     elif hasattr(heads[head], 'pool') and not facts.streamed: # whose features are computed once
         start = _probed(passes, n_stages)
@@ -155,7 +152,7 @@ scratch_passes = 8 # what a network from scratch needs to see its data to make a
 def _from_scratch(facts: DataFacts, given: dict, kw: dict, seconds: float) -> tuple[dict, float]:
     "As many channels as let the training see its data often enough."
     # a network this small keeps processors busier with more images at once, where that leaves steps enough: 1.17 times on two
-    if given.get('bs', 'auto') == 'auto': kw = kw | dict(bs=max(kw['bs'], min(64, facts.n_train//256)))
+    if given.get('bs', 'auto') == 'auto' and facts.n_train >= 256*64: kw = kw | dict(bs=64)
     for options in (given['timm'],) if given.get('timm') else scratch_widths:
         passes = _passes(scratch_backbone, options, facts, kw, seconds)
         if passes >= scratch_passes: break

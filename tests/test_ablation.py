@@ -220,6 +220,7 @@ def test_runs_of_several_processes_ask_for_what_one_machine_has(monkeypatch):
     assert ablation._gpus(3, 2) == ['0,1', '2,3', '0,1'] and ablation._gpus(2, 8) == ['0,1,2,3,4']*2
     assert ablation._room([(8, 2), (32, 4), (64, 0)], 16, 1) == (4, 1) and ablation._room([(8, 2), (32, 4)], 16, 2) == (8, 2)
     assert ablation._room([(2, 0), (16, 0)], 8, 2) == (8, 0) and ablation._room([(2, 0), (4, 0)], 8, 1) == (4, 0)
+    assert ablation._room([(2, 1), (64, 8)], 64, 8) == (64, 8)
     with pytest.raises(ValueError, match='has more than 4'): ablation._room([(8, 2), (32, 4)], 16, 5)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import CLASSES, COLOURS, write_images
 from mstoolkit import ablation
-from mstoolkit.classifier import Classifier, ModelHeader, average_models, read_header
+from mstoolkit.classifier import Classifier, ModelHeader, _one_by_one, average_models, read_header
 from mstoolkit.cli import main
 from mstoolkit.core import RunError
 from mstoolkit.data.core import image_loader
@@ -157,6 +157,16 @@ def test_what_is_averaged_is_what_each_predicts_alone(head, image_folder, tmp_pa
     p = predict_probs(Classifier.load(tmp_path/'m.safetensors'), files, device='cpu', precision='exact')[0]
     torch.testing.assert_close(p, torch.stack(alone).mean(0), atol=1e-6, rtol=0)
     assert all(torch.equal(v, o.model.state_dict()[k]) for b, o in zip(before, models) for k, v in b.items())   # they are as they were
+
+
+def test_a_head_without_a_last_linear_layer_is_averaged_without_its_temperature(three, image_folder, capsys):
+    class Cosine(torch.nn.Module): # logits that no linear layer scales
+        def __init__(self, net): super().__init__(); self.net = net
+        def forward(self, x): return torch.tanh(self.net(x))
+    a, b = (Classifier.load(f) for f in three[:2])
+    odd = Classifier(Cosine(a.model), replace(a.header, temperature=.5))
+    (net, _), *_ = _one_by_one(odd, 'odd', a.header.classes, 'probabilities')
+    assert net is odd.model and 'odd is averaged without its temperature 0.5' in capsys.readouterr().err
 
 
 def test_classes_in_another_order_are_matched_by_name(three, image_folder, capsys):
@@ -444,7 +454,9 @@ def test_views_of_folds_are_judged_by_the_fold_that_held_an_image_out(three_fold
     n = sum(o.images['none'] for o in each)
     assert df.images['none'] == n == len(Several(three_folds).preds) and df.accuracy['none'] == pytest.approx(Several(three_folds).accuracy)
     assert df.accuracy['flip'] == pytest.approx(sum(o.accuracy['flip']*o.images['none'] for o in each)/n)
+    assert list(view_gains(three_folds, device='cpu').index) == ['none', 'flip'] and Classifier.load(three_folds).header.mirrored
     out = tmp_path/'p.csv'
+    with pytest.raises(ValueError, match="tta 'sizes' shows a second size"): submit(three_folds, image_folder/'test', out, tta='sizes', device='cpu')
     # whatever views are better are taken, and counted: here the judging is made to say so
     found = df.assign(verdict=['baseline', 'better'], diff=[0., .1])
     monkeypatch.setattr(submit_module, 'view_gains', lambda *a, **kw: found)
@@ -468,8 +480,14 @@ def test_submit_trains_folds_and_goes_on_with_them(image_folder, tmp_path, monke
     assert '12 validation images, the best of 1 epoch' in e.how
     for other, what in [(dict(given=dict(size=64)), 'size 32 there and 64 here'), (dict(folds=3), 'folds 2 there and 3 here'), (dict(recipe='gate'), 'there and')]:
         with pytest.raises(ValueError, match=what): submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True, **other)
+    with pytest.raises(ValueError, match='epochs 1 there and 0 here'):
+        submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True, given=dict(minutes=1))
+    with pytest.raises(ValueError, match='folds of other images'):
+        (image_folder/'train'/CLASSES[0]).joinpath('new.png').write_bytes(next((image_folder/'train'/CLASSES[0]).iterdir()).read_bytes())
+        submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True)
+    (image_folder/'train'/CLASSES[0]/'new.png').unlink()
     with pytest.raises(ValueError, match='images .* there and'): submit(image_folder/'train', image_folder/'test', tmp_path/'p.csv', force=True)
-    assert submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True, given=dict(size=32)) and n_folds(tmp_path/'p-folds') == 2
+    assert submit(image_folder, image_folder/'test', tmp_path/'p.csv', force=True, given=dict(size=32, epochs=1)) and n_folds(tmp_path/'p-folds') == 2
     with pytest.raises(FileNotFoundError, match='there is no folder'): submit(tmp_path/'no', image_folder/'test', tmp_path/'r.csv')
 
 

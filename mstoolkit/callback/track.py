@@ -137,7 +137,9 @@ class Track(Callback):
     ):
         self.to = check_trackers([to] if isinstance(to, str) else to)
         self.folder, self.params = Path(folder), params or {}
-        self.name_of_run = name or self.folder.resolve().name
+        there = self.folder.resolve()
+        # folds and runs of studies are trained in a hidden folder, and many have one name
+        self.name_of_run = name or (f'{there.parent.name}-{there.name[1:]}' if there.name.startswith('.') else there.name)
         self.tools: list = []
         self.sent, self.ids = 0, {} # rows; tool → what it calls this run
 

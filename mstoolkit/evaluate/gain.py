@@ -75,7 +75,7 @@ def view_gains(
     "What each set of views brings on the validation images of a model."
     folds = 0 if isinstance(model, Learner) else n_folds(model)
     # an image is judged by the fold that held it out: the average of the folds has learnt it
-    judges = [labelled_images(fold_folder(model, k)) for k in range(folds)] or [labelled_images(model)]
+    judges = (labelled_images(fold_folder(model, k)) for k in range(folds)) if folds else [labelled_images(model)]
     clf = Classifier.load(model) if folds else judges[0][0]
     if isinstance(model, Learner): device = device or str(model.dls.device)
     if sets is None:

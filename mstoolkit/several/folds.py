@@ -51,7 +51,9 @@ def _write_sources(out: Path, source: DataSource):
     source.save(run_file(out, 'source'))
     for k in range(source.folds): replace(source, fold=k).save(_source_file(out, k))
 
-def _contents(source: DataSource) -> str:
+def images_digest(
+    source: DataSource # what is cut into folds
+) -> str: # hexadecimal
     "A fingerprint of the images, whatever fold they are in."
     classes = source.file('classes') or source.classes
     return check_samples(source_samples(source)[0], [], source.path, classes=classes).contents
@@ -107,7 +109,7 @@ def train_folds(
     r, out = settle_run(recipe, src, out, given=given, weights_dir=weights_dir, ending='-folds')
     if whole: r = replace(r, minutes=max(_share(whole - (time.perf_counter() - clock)/60, folds, jobs), .01))
     names, tr, va, _ = settled_samples(src, r.seed)
-    contents = _contents(src)
+    contents = images_digest(src)
     with new_folder(out, 'folder of folds'), one_writer(out):
         r.save(run_file(out, 'recipe'))
         src = src.kept_in(out)
@@ -145,13 +147,16 @@ def resume_folds(
         r, src = load_recipe(run_file(out, 'recipe')), images_of(out, data)
         clear_leftovers(out)
         left = [j for j in _jobs(out, r) if not j.done]
+        if r.keep_maps and processes > 1:
+            raise ValueError(f"the folds in {str(out)!r} were begun with keep_maps, which one process alone can do: "
+                             "go on without --processes")
         if minutes:
             if not r.minutes: raise ValueError(f"the folds in {str(out)!r} were begun for {r.epochs} epochs each: "
                                                "they have no minutes to change")
             left_minutes = minutes - (time.perf_counter() - clock)/60
             r = replace(r, minutes=_given({}, left_minutes, max(1, len(left)), jobs)['minutes'])
             r.save(run_file(out, 'recipe'))
-        if (was := read_env(out)['data'].get('contents')) and len(left) < folds and _contents(src) != was:
+        if (was := read_env(out)['data'].get('contents')) and len(left) < folds and images_digest(src) != was:
             raise ValueError(f"the images in {src.path!r} have changed since the folds began: "
                              "other names, labels or content")
         _write_sources(out, src)

@@ -22,11 +22,12 @@ from ..core import check_new, choice, counted
 from ..data.sources import DataSource, data_source, image_files
 from ..evaluate.gain import gain_lines, view_gains
 from ..evaluate.stats import accuracy_interval
-from ..models.views import view_sets
-from ..predict import predict_folder, predict_probs, write_predictions
+from ..models.views import check_views, view_sets
+from ..predict import predict_folder, predict_probs, takes_one_size, write_predictions
 from ..recipe import Recipe, load_recipe
 from ..runs import Run, Several, fold_folder, n_folds, read_env, run_file
-from .folds import resume_folds, train_folds
+from .folds import images_digest, resume_folds, train_folds
+from ..train import settle_teacher
 
 # %% ../../nbs/780_several.submit.ipynb #6ef166a9
 def choice_optimism(
@@ -104,7 +105,7 @@ def expected_accuracy(
 def _expected(mid: float, low: float, high: float, views_gain: float, how: str) -> Expected:
     "With what views bring; at the lower end they bring nothing."
     mid = min(1., max(0., mid + views_gain))
-    return Expected(mid, max(0., min(low, mid)), min(1., max(high + max(views_gain, 0), mid)), how)
+    return Expected(mid, max(0., min(low + min(views_gain, 0), mid)), min(1., max(high + max(views_gain, 0), mid)), how)
 
 def _optimism(folder: Path, folds: int) -> float:
     "`choice_optimism` of a folder of folds."
@@ -152,6 +153,10 @@ def submit(
 def _views(made: Path, tta: str, device: str) -> tuple[str, float]: # and what they bring on validation images, as a share
     "The views to average over, and a word on them."
     if tta == 'none': return tta, 0.
+    if tta != 'auto':
+        clf = Classifier.load(made)
+        check_views(tta, mirrored=clf.header.mirrored, augment=clf.header.augment, one_size=takes_one_size(clf))
+    print("looking what views of an image bring on validation images (--tta none leaves that out)", flush=True)
     try: df = view_gains(made, None if tta == 'auto' else [tta], device=device)
     except FileNotFoundError as e:
         print(f"what views bring is not known: {e}", flush=True)
@@ -165,17 +170,21 @@ def _check_asked(work: Path, source: DataSource, todo: dict):
     "Folds that were trained on other images, or in another way than is asked for, are no answer to it."
     was, images, recipe = load_recipe(run_file(work, 'recipe')), DataSource.load(run_file(work, 'source')), todo['recipe']
     base = was if recipe in (None, 'auto') else recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    asked = Recipe.from_dict({k: v for k, v in (todo['given'] or {}).items() if k != 'minutes'}, base)
+    asked = settle_teacher(Recipe.from_dict(todo['given'] or {}, base))
     # minutes are those of the whole, and of a fold in the folder; batches that are chosen have become a number
     pairs = {f.name: (getattr(was, f.name), getattr(asked, f.name)) for f in fields(Recipe)
              if f.name not in ('name', 'minutes', 'device', 'num_workers') and getattr(asked, f.name) != 'auto'}
     pairs['recipe'] = was.name, 'auto' if recipe == 'auto' else base.name
     pairs['images'] = str(Path(images.path).resolve()), str(Path(source.path).resolve())
+    pairs['group'] = images.group, source.group
     pairs['folds'] = n_folds(work), todo['folds'] or n_folds(work)
     if odd := next((k for k, (a, b) in pairs.items() if a != b), None):
         there, here = pairs[odd]
         raise ValueError(f"{str(work)!r} holds folds of another training, {odd} {there} there and {here} here: give another place "
                          f"(out=, --out), remove that folder, or submit it as it is (mstoolkit submit {shlex.quote(str(work))} …)")
+    if (contents := read_env(work)['data'].get('contents')) and images_digest(source) != contents:
+        raise ValueError(f"{str(work)!r} holds folds of other images, labels or classes: give another place (out=, --out), "
+                         "or remove that folder")
 
 def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spent: float) -> Path:
     "The folder of what was trained; what was stopped goes on, what is missing is done."
