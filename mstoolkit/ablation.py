@@ -28,8 +28,9 @@ from fastai.data.core import DataLoaders
 from matplotlib.figure import Figure
 
 from .callback.distributed import start_processes, together
-from .core import (atomic_path, check_new, choice, connected_ray, first_to_fail, folder_name, from_first, import_plugins,
-                            n_processes, pick_device, process_age, process_rank, ray_machines, share_processors, write_text)
+from .core import (atomic_path, check_new, choice, connected_ray, first_to_fail, folder_name, from_first,
+                            import_plugins, n_processes, pick_device, process_age, process_rank, ray_machines,
+                            share_processors, write_text)
 from .data.check import check_samples
 from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
@@ -161,7 +162,8 @@ def _start(job: Job, source: Path, threads: int, processes: int = 1, *, gpu: str
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
     share_processors(env)
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
-    cmd = [sys.executable, '-c', _program, *map(str, (os.getpid(), job.folder, recipe, job.source or source, threads, processes))]
+    words = os.getpid(), job.folder, recipe, job.source or source, threads, processes
+    cmd = [sys.executable, '-c', _program, *map(str, words)]
     with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f:
         return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
 
@@ -220,13 +222,14 @@ def _on_ray(jobs: list[Job], args: tuple) -> Iterator[tuple]:
     finally:
         for o in waiting: ray.cancel(o, force=True)
 
-def _room(machines: list[tuple[int, int]], threads: int, processes: int) -> tuple[int, int]: # processors and GPUs of a run
-    "What a run may ask for, so that a machine of the cluster has it: a GPU for each process, where there are any."
+def _room(machines: list[tuple[int, int]], threads: int, processes: int) -> tuple[int, int]:
+    "The processors and GPUs a run may ask for, so that one machine has them: a GPU for each process, where there are any."
     gpus = max((g for _, g in machines), default=0)
     if gpus and processes > gpus:
-        raise ValueError(f"{processes} processes of a run want a GPU each, and no machine of the cluster has more than {gpus}: "
-                         "give fewer (--processes)")
-    most = min(c*processes//g for c, g in machines if g >= processes) if gpus else max((c for c, _ in machines), default=threads)
+        raise ValueError(f"{processes} processes of a run want a GPU each, and no machine of the cluster has more "
+                         f"than {gpus}: give fewer (--processes)")
+    if gpus: most = min(c*processes//g for c, g in machines if g >= processes)
+    else: most = max((c for c, _ in machines), default=threads)
     return max(1, min(threads, most)), processes if gpus else 0
 
 def _start_and_wait(job: Job, *args) -> str|None: return _outcome(job, _start(job, *args).wait())
@@ -243,7 +246,9 @@ def run_jobs(
 ) -> Generator[tuple, None, None]: # each job as it ends, and its error or `None`; those under way end when it is closed
     "Run jobs one after the other, side by side, or on Ray."
     left, args, apart = list(todo), (source, threads, processes), jobs > 1 or processes > 1
-    yield from _on_ray(left, args) if ray else _side_by_side(left, jobs, args) if apart else _here(left, source, threads)
+    if ray: yield from _on_ray(left, args)
+    elif apart: yield from _side_by_side(left, jobs, args)
+    else: yield from _here(left, source, threads)
 
 # %% ../nbs/740_ablation.ipynb #9666c61b
 def _write_images(dls: DataLoaders, source: DataSource, out: Path):
@@ -371,7 +376,8 @@ def run_study(
     if left: _check_unchanged([j for j in todo if j.done], out)
     for j in left: j.folder.parent.mkdir(parents=True, exist_ok=True)
     threads = threads or max(1, (os.cpu_count() or 1)//jobs)
-    with closing(run_jobs(left, study_file(out, 'run_source'), threads, jobs=jobs, processes=processes, ray=ray)) as ended:
+    how: dict = dict(jobs=jobs, processes=processes, ray=ray)
+    with closing(run_jobs(left, study_file(out, 'run_source'), threads, **how)) as ended:
         for i, (j, error) in enumerate(ended, 1):
             if error: failures[j.name] = error
             write_text(study_file(out, 'failures'), json.dumps(failures, indent=1))

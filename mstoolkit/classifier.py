@@ -328,7 +328,7 @@ class Classifier(NamesImages):
 
 # %% ../nbs/620_classifier.ipynb #3e54efc1
 def _as_member(clf: Classifier, name: str, classes: list) -> nn.Module:
-    "The network of `clf`, or a copy with its outputs in the order of `classes`, of which it has the same, and over its temperature."
+    "The network of `clf`, or a copy with its outputs in the order of `classes` and over its temperature."
     h = clf.header
     if h.classes == classes and h.temperature == 1: return clf.model
     net, order = deepcopy(clf.model).eval(), [h.classes.index(o) for o in classes]
@@ -341,13 +341,14 @@ def _as_member(clf: Classifier, name: str, classes: list) -> nn.Module:
             for p in filter(lambda p: p is not None, (fc.weight, fc.bias)): p.copy_(p[order]/h.temperature)
         done = torch.allclose(net(x), want, rtol=1e-4, atol=1e-4)
     if done:
-        if h.classes != classes: print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
+        if h.classes != classes:
+            print(f"{name} has the classes in another order: they are matched by name", file=sys.stderr, flush=True)
         return net
     if h.classes != classes:
         raise ValueError("the classes are in another order, and a network that does not end in a linear layer "
                          "cannot be given the first one's: train it with the same class list (classes=, --classes)")
-    print(f"{name} is averaged without its temperature {h.temperature:g}, which a network that does not end in a linear layer cannot "
-          "take", file=sys.stderr, flush=True)
+    print(f"{name} is averaged without its temperature {h.temperature:g}, which a network that does not end in a "
+          "linear layer cannot take", file=sys.stderr, flush=True)
     return clf.model
 
 def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list[tuple]:
@@ -359,7 +360,8 @@ def _one_by_one(clf: Classifier, name: str, classes: list, average: str) -> list
         raise ValueError(f"{name} knows other classes than the first, {some} ({len(own)} and {len(classes)} in all): "
                          "only networks of the same classes can be put together")
     if not h.members:
-        return [(_as_member(clf, name, classes), dict(name=name, weight=1., config=h.config, size=h.size, mean=h.mean, std=h.std))]
+        own = {k: getattr(h, k) for k in ('config', 'size', 'mean', 'std')}
+        return [(_as_member(clf, name, classes), dict(name=name, weight=1.) | own)]
     if h.average != average or h.classes != classes:
         raise ValueError(f"{name} is an average of {h.average} already, of {len(h.members)} networks: "
                          "put together the runs it was made of")

@@ -182,7 +182,8 @@ def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, ou
                          "give --fold for one of them, or start one process")
     if source_fields.get('folds') and 'fold' not in source_fields:
         from mstoolkit.several.folds import train_folds
-        train_folds(recipe, source, out, folds=source.folds, jobs=jobs, threads=threads, processes=processes, ray=ray, **kw)
+        train_folds(recipe, source, out, folds=source.folds, jobs=jobs, threads=threads, processes=processes, ray=ray,
+                    **kw)
         return
     from mstoolkit.train import train as run
     run(recipe, source, out, **kw)
@@ -214,7 +215,7 @@ def train_command(
     threads: Annotated[Optional[int], typer.Option(min=1,
         help="CPU threads of the network; the machine's, where nothing is said")] = None,
     processes: Annotated[int, typer.Option(min=1,
-        help="processes of this machine that train together (with --folds, each fold), such as one a GPU; over machines use torchrun")] = 1,
+        help="processes of this machine that train together (with --folds, each fold), such as one a GPU")] = 1,
     jobs: Annotated[int, typer.Option(min=1,
         help="with --folds, and no --fold: folds trained side by side on this machine")] = 1,
     ray: Annotated[bool, typer.Option('--ray',
@@ -224,13 +225,15 @@ def train_command(
     "Train a model on a folder of images; with --folds and no --fold, one for each fold, and their average."
     from mstoolkit.runs import n_folds
     several = n_folds(resume) if resume else source_fields.get('folds') and 'fold' not in source_fields
-    if (jobs > 1 or ray) and not several: raise ValueError("--jobs and --ray train folds side by side: give --folds, and no --fold")
+    if (jobs > 1 or ray) and not several:
+        raise ValueError("--jobs and --ray train folds side by side: give --folds, and no --fold")
     if processes > 1 and n_processes() == 1 and not several: raise typer.Exit(_in_processes(processes, ctx, threads))
     if threads: _set_threads(threads)
     if resume: return _resume(resume, data, ctx)
     if data is None: raise ValueError("train needs a folder of images, or --resume and a run folder")
     source = _source(data, source_fields)
-    _start(recipe, recipe_fields, source_fields, source, out, weights_dir, jobs=jobs, threads=threads, processes=processes, ray=ray)
+    _start(recipe, recipe_fields, source_fields, source, out, weights_dir, jobs=jobs, threads=threads,
+           processes=processes, ray=ray)
 
 # %% ../nbs/810_cli.ipynb #5d41afc7
 _student = [f.name for f in (*fields(Recipe), *fields(DataSource)) if f.name not in ('teacher', 'teacher_digest')]
@@ -402,7 +405,7 @@ def submit(
         help="folder of pretrained weights that auto may choose from")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="folds trained side by side on this machine")] = 1,
     tta: Annotated[str, typer.Option(autocompletion=_complete(('auto', *_names['tta'])),
-        help="average over views of each image: auto (what is better on validation images), none, flip, sizes or flip+sizes")] = 'auto',
+        help="average over views of an image: auto (what is better on validation), none, flip, sizes, flip+sizes")] = 'auto',
     on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
         help="unreadable images: error (name them and stop) or skip (name them and go on)")] = 'error',
     plugin: Plugin = None,
@@ -554,7 +557,8 @@ def ablate(
     jobs: Annotated[int, typer.Option(help="runs side by side on this machine")] = 1,
     threads: Annotated[Optional[int], typer.Option(
         help="CPU threads of each run; the machine's, divided by --jobs")] = None,
-    processes: Annotated[int, typer.Option(help="processes of each run, which train together: as many as it may have GPUs")] = 1,
+    processes: Annotated[int, typer.Option(
+        help="processes of each run, which train together: as many as it may have GPUs")] = 1,
     ray: Annotated[bool, typer.Option('--ray', help="run on a Ray cluster")] = False,
     dry_run: Annotated[bool, typer.Option('--dry-run',
         help="list the runs and about how long they take, and stop")] = False,
@@ -567,8 +571,8 @@ def ablate(
     from mstoolkit.runs import read_failures
     what = load_study(study)
     out = out or Path('runs')/what.name
-    try: df = run_study(what, source, out, recipe=r, seeds=seeds, jobs=jobs, threads=threads, processes=processes, ray=ray,
-                        dry_run=dry_run, baseline=baseline)
+    try: df = run_study(what, source, out, recipe=r, seeds=seeds, jobs=jobs, threads=threads, processes=processes,
+                        ray=ray, dry_run=dry_run, baseline=baseline)
     except (KeyboardInterrupt, SystemExit):
         print('the study goes on where it was with the same command', flush=True)
         raise

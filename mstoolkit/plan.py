@@ -125,7 +125,7 @@ def training_fields(
     n_stages: int = 5 # groups of the backbone's weights, as `stage_splitter` makes them
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
-    test_size = -1 if facts.side > 64 else 0 # smaller images are made larger already, and show nothing more in other sizes
+    test_size = -1 if facts.side > 64 else 0 # smaller ones are made larger already, and show nothing more
     if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=test_size)
     elif hasattr(heads[head], 'pool') and not facts.streamed: # whose features are computed once
         start = _probed(passes, n_stages)
@@ -151,7 +151,7 @@ scratch_passes = 8 # what a network from scratch needs to see its data to make a
 
 def _from_scratch(facts: DataFacts, given: dict, kw: dict, seconds: float) -> tuple[dict, float]:
     "As many channels as let the training see its data often enough."
-    # a network this small keeps processors busier with more images at once, where that leaves steps enough: 1.17 times on two
+    # a network this small keeps processors busier with more images at once: 1.17 times on two
     if given.get('bs', 'auto') == 'auto' and facts.n_train >= 256*64: kw = kw | dict(bs=64)
     for options in (given['timm'],) if given.get('timm') else scratch_widths:
         passes = _passes(scratch_backbone, options, facts, kw, seconds)
@@ -190,7 +190,8 @@ def _check_given(given: dict):
     "Refuse what will not do before networks are timed."
     Recipe.checked_values({k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
     length = {k: given[k] for k in ('minutes', 'epochs') if k in given}
-    if length and not any(length.values()): raise ValueError(f"{' and '.join(length)} of 0: give minutes or epochs above 0, or neither")
+    if length and not any(length.values()):
+        raise ValueError(f"{' and '.join(length)} of 0: give minutes or epochs above 0, or neither")
     Recipe.from_dict(length)
 
 def auto_recipe(

@@ -79,7 +79,8 @@ class PlainData:
     noun: ClassVar[str] = 'option' # what a field is called in errors
 
     def __post_init__(self):
-        for k, v in self.checked_values({f.name: getattr(self, f.name) for f in fields(self)}).items(): object.__setattr__(self, k, v)
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        for k, v in self.checked_values(own).items(): object.__setattr__(self, k, v)
 
     @classmethod
     def checked_values(cls,

@@ -254,7 +254,8 @@ def _budget(r: Recipe, learn: Learner, clock: float) -> list:
     budget = Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
                     passes_after=after/(2 if r.ema else 1), seconds_after=5 + written)
     if budget.left <= 0:
-        print(f"{r.minutes:g} minutes are over before the training can begin: it learns from one batch; give more", flush=True)
+        print(f"{r.minutes:g} minutes are over before the training can begin: it learns from one batch; give more",
+              flush=True)
     return [budget]
 
 def _params(learn: Learner, r: Recipe) -> dict: # name → plain value
@@ -474,7 +475,8 @@ def _tell_processes(r: Recipe, dls: DataLoaders):
     if (n := n_processes()) == 1: return
     bs = dls.train.bs or r.bs # of fewer images, where there are not so many
     most, least = (f(part_sizes(bs, n)) for f in (max, min))
-    print(f"{n} processes: each takes {most if most == least else f'{most} or {least}'} of the {bs} images of a batch", flush=True)
+    each = most if most == least else f'{most} or {least}'
+    print(f"{n} processes: each takes {each} of the {bs} images of a batch", flush=True)
 
 # %% ../nbs/710_train.ipynb #7aa62238
 def _check_same(now: dict, was: dict, source: DataSource):
@@ -494,7 +496,8 @@ def _check_same(now: dict, was: dict, source: DataSource):
     then, here = ({**e['versions'], **{k: e[k] for k in ('processors', 'device', 'gpu')}, 'processes': e.get('processes', 1)}
                   for e in (was, now))
     if differs := [f'{k} {then.get(k)} then, {v} now' for k, v in here.items() if v != then.get(k)]:
-        order = ', and its stream goes on from about as far, in another order'*(source.stream and then['processes'] != here['processes'])
+        others = source.stream and then['processes'] != here['processes']
+        order = ', and its stream goes on from about as far, in another order'*others
         print(f"the weights may differ in rounding from those of a run in one go{order}: {'; '.join(differs)}", flush=True)
 
 # %% ../nbs/710_train.ipynb #c0ea7295

@@ -197,7 +197,7 @@ class Budget(AttachedCallback):
         ema = getattr(self.learn, 'ema', None)
         once = ema is not None and not ema.step # an average of no step is not validated
         took = self._clock() - self.validate_from
-        # without folded norms and a few images at a time a validation takes longer than features, and loaders have to start
+        # without folded norms and a few images at a time it takes longer than features, and loaders have to start
         if self.first and self.image_seconds: took = min(took, 1 + 3.5*self.image_seconds*len(self.dls.valid_ds))
         self.validation, self.pace_then = took*(self._validated if once else 1), self.pace
 

@@ -31,8 +31,8 @@ from fastcore.basics import GetAttr
 from fastcore.foundation import L
 from fastcore.imports import noop
 from .core import AttachedCallback, is_lasting_fit
-from ..core import (RunError, as_first, counted, draw_from, end_with_parent, from_first, joined, local_processes, n_processes,
-                            process_rank, processors, sum_of_all)
+from ..core import (RunError, as_first, counted, draw_from, end_with_parent, from_first, joined,
+                            local_processes, n_processes, process_rank, processors, sum_of_all)
 from ..models.arithmetic import untouched
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -415,7 +415,7 @@ def start_processes(
     threads: int|None = None, # of each; an equal part of the processors when not given
     program: Sequence[str] = ('-m', 'mstoolkit') # what Python runs, before the words
 ) -> int: # exit code: that of the first process that failed, 0 if none did
-    "Run `mstoolkit`, or another program, in several processes that train together, through torchrun, and wait for them."
+    "Run `mstoolkit`, or another program, in several processes that train together, by torchrun, and wait for them."
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

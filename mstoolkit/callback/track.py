@@ -139,7 +139,8 @@ class Track(Callback):
         self.folder, self.params = Path(folder), params or {}
         there = self.folder.resolve()
         # folds and runs of studies are trained in a hidden folder, and many have one name
-        self.name_of_run = name or (f'{there.parent.name}-{there.name[1:]}' if there.name.startswith('.') else there.name)
+        hidden = there.name.startswith('.')
+        self.name_of_run = name or (f'{there.parent.name}-{there.name[1:]}' if hidden else there.name)
         self.tools: list = []
         self.sent, self.ids = 0, {} # rows; tool → what it calls this run
 

@@ -63,7 +63,7 @@ def _answers(clf: Classifier, files: list[Path], labels: list[str], shown: str, 
     return torch.cat(each, 1)[..., [clf.header.classes.index(o) for o in classes]], torch.tensor(y)
 
 def view_gains(
-    model: Learner|str|Path, # a learner on `image_dls`, or the folder of a run or of folds whose images are where it found them
+    model: Learner|str|Path, # a learner on `image_dls`, or the folder of a run or of folds
     sets: list[str]|None = None, # keys of `view_sets` to look at; all that the training allows when not given
     *,
     bs: int = 64, # images in a batch

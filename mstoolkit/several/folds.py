@@ -169,7 +169,8 @@ def _go_on(out: Path, r: Recipe, jobs: int, threads: int, processes: int, ray: b
     left, failed = [j for j in _jobs(out, r) if not j.done], {}
     how = f"mstoolkit train --resume {shlex.quote(str(out))}"
     try:
-        with closing(run_jobs(left, run_file(out, 'source'), threads, jobs=jobs, processes=processes, ray=ray)) as ended:
+        many: dict = dict(jobs=jobs, processes=processes, ray=ray)
+        with closing(run_jobs(left, run_file(out, 'source'), threads, **many)) as ended:
             for j, error in ended:
                 if error: failed[j.name] = error
                 print(f"{j.name}: {error or f'accuracy {Run(j.folder).accuracy:.4f}'}", flush=True)

@@ -134,7 +134,7 @@ def submit(
     jobs: int = 1, # folds side by side
     spent: float = 0., # seconds that the minutes have already lost, to imports say
     force: bool = False, # replace a file that is there
-    tta: str = 'auto', # views of each image: auto, what is better on validation images; or none, flip, sizes, flip+sizes
+    tta: str = 'auto', # views of each image: auto (what is better on validation images), or a key of `view_sets`
     **predict: Any # further options of `predict_folder`: on_bad, device, bs, top_k …
 ) -> Expected: # what the submission should score
     "Train folds or go on with them, predict with their mean, write the submission, and say what to expect of it."
@@ -150,8 +150,8 @@ def submit(
     print(f"accuracy to expect: {told}", flush=True)
     return exp
 
-def _views(made: Path, tta: str, device: str) -> tuple[str, float]: # and what they bring on validation images, as a share
-    "The views to average over, and a word on them."
+def _views(made: Path, tta: str, device: str) -> tuple[str, float]:
+    "The views to average over, what they bring on validation images, as a share, and a word on them."
     if tta == 'none': return tta, 0.
     if tta != 'auto':
         clf = Classifier.load(made)
@@ -168,7 +168,8 @@ def _views(made: Path, tta: str, device: str) -> tuple[str, float]: # and what t
 
 def _check_asked(work: Path, source: DataSource, todo: dict):
     "Folds that were trained on other images, or in another way than is asked for, are no answer to it."
-    was, images, recipe = load_recipe(run_file(work, 'recipe')), DataSource.load(run_file(work, 'source')), todo['recipe']
+    was, images = load_recipe(run_file(work, 'recipe')), DataSource.load(run_file(work, 'source'))
+    recipe = todo['recipe']
     base = was if recipe in (None, 'auto') else recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     asked = settle_teacher(Recipe.from_dict(todo['given'] or {}, base))
     # minutes are those of the whole, and of a fold in the folder; batches that are chosen have become a number
@@ -180,11 +181,12 @@ def _check_asked(work: Path, source: DataSource, todo: dict):
     pairs['folds'] = n_folds(work), todo['folds'] or n_folds(work)
     if odd := next((k for k, (a, b) in pairs.items() if a != b), None):
         there, here = pairs[odd]
-        raise ValueError(f"{str(work)!r} holds folds of another training, {odd} {there} there and {here} here: give another place "
-                         f"(out=, --out), remove that folder, or submit it as it is (mstoolkit submit {shlex.quote(str(work))} …)")
+        raise ValueError(f"{str(work)!r} holds folds of another training, {odd} {there} there and {here} here: give another "
+                         "place (out=, --out), remove that folder, or submit it as it is "
+                         f"(mstoolkit submit {shlex.quote(str(work))} …)")
     if (contents := read_env(work)['data'].get('contents')) and images_digest(source) != contents:
-        raise ValueError(f"{str(work)!r} holds folds of other images, labels or classes: give another place (out=, --out), "
-                         "or remove that folder")
+        raise ValueError(f"{str(work)!r} holds folds of other images, labels or classes: give another place "
+                         "(out=, --out), or remove that folder")
 
 def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spent: float) -> Path:
     "The folder of what was trained; what was stopped goes on, what is missing is done."
