@@ -252,7 +252,7 @@ def _budget(r: Recipe, learn: Learner, clock: float) -> list:
     # the model file is written once more, with its temperature
     written = sum(p.numel()*p.element_size() for p in learn.model.parameters())/2e8
     budget = Budget(r.minutes, spent=time.perf_counter() - clock, frozen=r.freeze_share,
-                    passes_after=after/(2 if r.ema else 1), seconds_after=5 + written)
+                    passes_after=after/(2 if r.ema else 1), seconds_after=7 + written)
     if budget.left <= 0:
         print(f"{r.minutes:g} minutes are over before the training can begin: it learns from one batch; give more",
               flush=True)
