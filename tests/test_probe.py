@@ -209,12 +209,12 @@ def test_maps_and_what_needs_images(dls):
 def test_a_training_on_maps_under_a_budget_ends_and_resumes(image_folder, tmp_path, tiny):
     weights = tmp_path/'w.pth'
     torch.save(multiscale_model('test_resnet', 'plain', 3, pretrained=False)[0].net.state_dict(), weights)
-    fields = dict(schedule='fine-tune', weights_file=str(weights), probe=True, freeze_share=.3, minutes=.08, keep_maps=2, frozen_stages=3,
+    fields = dict(schedule='fine-tune', weights_file=str(weights), probe=True, freeze_share=.3, minutes=.2, keep_maps=2, frozen_stages=3,
                   keep_bn=True, ema=.1, cutmix=0.)
     r = Recipe.from_dict({k: v for k, v in tiny.items() if k != 'epochs'} | fields)
     learn = train(r, image_folder, tmp_path/'r')
     assert {o['phase'] for o in learn.run_history.rows} == {'frozen', 'unfrozen'} and learn.model.entry is None
-    longer = replace(r, minutes=.2) # so that there is a second epoch, however busy the machine is
+    longer = replace(r, minutes=.3) # so that there is a second epoch, however busy the machine is
     with pytest.raises(Killed): train(longer, image_folder, tmp_path/'k', cbs=[KillAt(2, 0)])
     again = resume_run(tmp_path/'k')
     assert again.run_history.rows[-1]['phase'] == 'unfrozen'
