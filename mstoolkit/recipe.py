@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -79,17 +79,23 @@ class PlainData:
     noun: ClassVar[str] = 'option' # what a field is called in errors
 
     def __post_init__(self):
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        for k, v in self.checked_values(own).items(): object.__setattr__(self, k, v)
+        for f in fields(self): object.__setattr__(self, f.name, self._value(f, getattr(self, f.name)))
+
+    @classmethod
+    def _value(cls, f: Field, v: Any) -> Any: return _checked(f'{cls.noun} {f.name!r}', v, f.metadata)
+
+    @classmethod
+    def _fields_of(cls, d: dict) -> list[Field]:
+        "The fields that a dict names; an unknown one is an error that names it and its near matches."
+        known = {f.name: f for f in fields(cls)}
+        return [known[choice(k, known, cls.noun, max_listed=50)] for k in d]
 
     @classmethod
     def checked_values(cls,
         d: dict # field names and values
     ) -> dict: # the values in their fields' types
         "Check each value by itself, before it is known what the others will be."
-        about = {f.name: f.metadata for f in fields(cls)}
-        for k in d: choice(k, about, cls.noun, max_listed=50)
-        return {k: _checked(f'{cls.noun} {k!r}', v, about[k]) for k, v in d.items()}
+        return {f.name: cls._value(f, d[f.name]) for f in cls._fields_of(d)}
 
     @classmethod
     def from_dict(cls: type[PlainT],
@@ -97,7 +103,7 @@ class PlainData:
         base: PlainT|None = None # take missing values from here instead
     ) -> PlainT: # checked
         "Make one from a dict; an unknown key is an error that names it and its near matches."
-        for k in d: choice(k, [f.name for f in fields(cls)], cls.noun, max_listed=50)
+        cls._fields_of(d)
         return replace(base, **d) if base else cls(**d)
 
     @classmethod

@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 
 # %% auto #0
 __all__ = ['optimizers', 'losses', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'choose_bs', 'settle_run',
-           'settle_teacher', 'train', 'images_of', 'resume_run']
+           'settle_teacher', 'lasting_fields', 'train', 'meeting_device', 'images_of', 'resume_run']
 
 # %% ../nbs/710_train.ipynb #d5c02dbd
 import hashlib
@@ -261,7 +261,7 @@ def _budget(r: Recipe, learn: Learner, clock: float) -> list:
 def _params(learn: Learner, r: Recipe) -> dict: # name → plain value
     "What tools show beside the numbers of a run."
     data = dict(path=str(learn.dls.path), classes=len(learn.dls.vocab), train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds))
-    return _told(r) | {f'data_{k}': v for k, v in data.items()} | dict(processes=n_processes())
+    return lasting_fields(r) | {f'data_{k}': v for k, v in data.items()} | dict(processes=n_processes())
 
 def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool, clock: float) -> dict:
     "Fit, keeping history, best model, checkpoint and curves in the run folder whatever ends it; return what came out."
@@ -410,7 +410,10 @@ def settle_teacher(
                          f"the recipe has {r.teacher_digest}; put the old file back, or train anew without that field")
     return replace(r, teacher=str(Path(r.teacher).resolve()), teacher_digest=digest)
 
-def _told(r: Recipe) -> dict: # plain values, of what a resumed run may not change
+def lasting_fields(
+    r: Recipe # settled
+) -> dict: # field → its value as text
+    "What a resumed training may not change."
     return {f.name: str(getattr(r, f.name)) for f in fields(r) if f.name not in ('name', 'device', 'num_workers', 'minutes')}
 
 def _begin(learn: Learner, r: Recipe, source: DataSource, run: Path) -> dict: # the environment
@@ -418,7 +421,7 @@ def _begin(learn: Learner, r: Recipe, source: DataSource, run: Path) -> dict: # 
     _need_space(run, learn)
     r.save(run_file(run, 'recipe'))
     source.kept_in(run).save(run_file(run, 'source'))
-    write_env(run, env := _surroundings(learn.dls) | dict(recipe=_told(r)))
+    write_env(run, env := _surroundings(learn.dls) | dict(recipe=lasting_fields(r)))
     if learn.dls.left_out: write_text(run_file(run, 'left_out'), '\n'.join(learn.dls.left_out.values()))
     return env
 
@@ -436,9 +439,12 @@ def train(
     "Train as the recipe says, and leave a run folder that holds the best model, its history, curves and environment."
     clock = time.perf_counter() - spent
     source = data_source(data, **source)
-    with together(_device(recipe, given)): return _train(recipe, source, out, given, weights_dir, cbs, clock)
+    with together(meeting_device(recipe, given)): return _train(recipe, source, out, given, weights_dir, cbs, clock)
 
-def _device(recipe: Recipe|str|Path, given: dict|None) -> torch.device|str:
+def meeting_device(
+    recipe: Recipe|str|Path, # as `train` takes it
+    given: dict|None = None # recipe fields of one's own
+) -> torch.device|str: # for `together`
     "Where this process is going to train, which several have to know before they meet."
     if n_processes() == 1: return 'cpu' # nobody asks
     said = (given or {}).get('device')
@@ -523,7 +529,7 @@ def resume_run(
     "Go on with a run that was stopped: exactly as if it had not been, or, under a budget, for the minutes that are left."
     clock, run = time.perf_counter() - spent, Path(run)
     stopped_run(run)
-    with together(_device(run_file(run, 'recipe'), None)), nullcontext() if process_rank() else one_writer(run):
+    with together(meeting_device(run_file(run, 'recipe'), None)), nullcontext() if process_rank() else one_writer(run):
         return _resume(run, data, cbs, minutes, clock)
 
 def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None, clock: float) -> Learner:
@@ -536,7 +542,7 @@ def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None,
     by_first(clear_leftovers, run)
     source = images_of(run, data)
     learn = _prepare(r, source)
-    now = from_first(_surroundings(learn.dls) | dict(recipe=_told(r)))
+    now = from_first(_surroundings(learn.dls) | dict(recipe=lasting_fields(r)))
     _check_same(now, env, source)
     env['recipe'] = now['recipe']
     env['resumed'] = [*env.get('resumed', []), now['started']]

@@ -53,6 +53,12 @@ class TensorBoard:
         "Let go of the file."
         self.writer.close()
 
+def _keep_files(tool: Any, run: Any, name: str, files: Iterable[Path]):
+    "Keep files with a run, by a tool that has W&B's way of doing so."
+    found = tool.Artifact(re.sub(r'[^\w.-]', '-', f'run-{name}'), type='model')
+    for f in files: found.add_file(str(f))
+    run.log_artifact(found)
+
 class _WandB:
     "A run of Weights & Biases; offline where there is no key."
     def __init__(self, folder: Path, name: str, params: dict, last: str):
@@ -67,9 +73,7 @@ class _WandB:
 
     def finish(self, files: Iterable[Path]):
         import wandb
-        found = wandb.Artifact(f'run-{self.id}', type='model')
-        for f in files: found.add_file(str(f))
-        self.run.log_artifact(found)
+        _keep_files(wandb, self.run, self.id, files)
 
     def close(self): self.run.finish()
 
@@ -106,9 +110,7 @@ class _Trackio:
 
     def finish(self, files: Iterable[Path]):
         import trackio
-        found = trackio.Artifact(re.sub(r'[^\w.-]', '-', f'run-{self.id}'), type='model')
-        for f in files: found.add_file(str(f))
-        self.run.log_artifact(found)
+        _keep_files(trackio, self.run, self.id, files)
 
     def close(self): self.run.finish()
 

@@ -21,7 +21,7 @@ from ..classifier import Classifier
 from ..core import choice
 from ..data.sources import images_named
 from .stats import accuracy_interval, holm, mcnemar, paired_interval
-from ..models.views import allowed_views, view_sets
+from ..models.views import allowed_views, check_views, view_sets
 from ..predict import predict_views, takes_one_size
 from ..runs import Run, Several, fold_folder, n_folds
 
@@ -84,6 +84,9 @@ def view_gains(
             print("the model file does not say whether mirror images were trained on: flips are left out; "
                   "ask for them by name (--tta flip)", file=sys.stderr, flush=True)
     sets = ['none', *(choice(o, view_sets, 'tta') for o in sets if o != 'none')]
+    h = clf.header
+    for o in sets if folds else (): # their average predicts, and takes less than a fold does
+        check_views(o, mirrored=h.mirrored, augment=h.augment, one_size=takes_one_size(clf))
     needed = {v for o in sets for v in view_sets[o]}
     shown = min((o for o in view_sets if needed <= set(view_sets[o])), key=lambda o: len(view_sets[o]))
     how: dict[str, Any] = dict(bs=bs, num_workers=num_workers, device=device or 'auto', precision=precision)

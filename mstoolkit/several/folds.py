@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..ablation import Job, run_jobs
+from ..ablation import Job, check_alone, run_jobs
 from ..classifier import average_models
 from ..core import RunError, counted, natural_key, new_folder, pick_device, write_text
 from ..data.check import check_samples
@@ -107,6 +107,7 @@ def train_folds(
     given = _given(given, whole, folds, at_once)
     if recipe == 'auto' and processes > 1: given = dict(keep_maps=0) | given # which one process alone can
     r, out = settle_run(recipe, src, out, given=given, weights_dir=weights_dir, ending='-folds')
+    check_alone([r], processes)
     if whole: r = replace(r, minutes=max(_share(whole - (time.perf_counter() - clock)/60, folds, jobs), .01))
     names, tr, va, _ = settled_samples(src, r.seed)
     contents = images_digest(src)
@@ -147,9 +148,7 @@ def resume_folds(
         r, src = load_recipe(run_file(out, 'recipe')), images_of(out, data)
         clear_leftovers(out)
         left = [j for j in _jobs(out, r) if not j.done]
-        if r.keep_maps and processes > 1:
-            raise ValueError(f"the folds in {str(out)!r} were begun with keep_maps, which one process alone can do: "
-                             "go on without --processes")
+        check_alone([r], processes)
         if minutes:
             if not r.minutes: raise ValueError(f"the folds in {str(out)!r} were begun for {r.epochs} epochs each: "
                                                "they have no minutes to change")

@@ -10,7 +10,7 @@ __all__ = ['choice_optimism', 'averaging_gain', 'Expected', 'expected_accuracy',
 # %% ../../nbs/780_several.submit.ipynb #f4bd1685
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from ..core import check_new, choice, counted
 from ..data.sources import DataSource, data_source, image_files
 from ..evaluate.gain import gain_lines, view_gains
 from ..evaluate.stats import accuracy_interval
-from ..models.views import check_views, view_sets
-from ..predict import predict_folder, predict_probs, takes_one_size, write_predictions
+from ..models.views import view_sets
+from ..predict import predict_folder, predict_probs, write_predictions
 from ..recipe import Recipe, load_recipe
 from ..runs import Run, Several, fold_folder, n_folds, read_env, run_file
 from .folds import images_digest, resume_folds, train_folds
-from ..train import settle_teacher
+from ..train import lasting_fields, settle_teacher
 
 # %% ../../nbs/780_several.submit.ipynb #6ef166a9
 def choice_optimism(
@@ -153,9 +153,6 @@ def submit(
 def _views(made: Path, tta: str, device: str) -> tuple[str, float]:
     "The views to average over, what they bring on validation images, as a share, and a word on them."
     if tta == 'none': return tta, 0.
-    if tta != 'auto':
-        clf = Classifier.load(made)
-        check_views(tta, mirrored=clf.header.mirrored, augment=clf.header.augment, one_size=takes_one_size(clf))
     print("looking what views of an image bring on validation images (--tta none leaves that out)", flush=True)
     try: df = view_gains(made, None if tta == 'auto' else [tta], device=device)
     except FileNotFoundError as e:
@@ -173,8 +170,8 @@ def _check_asked(work: Path, source: DataSource, todo: dict):
     base = was if recipe in (None, 'auto') else recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     asked = settle_teacher(Recipe.from_dict(todo['given'] or {}, base))
     # minutes are those of the whole, and of a fold in the folder; batches that are chosen have become a number
-    pairs = {f.name: (getattr(was, f.name), getattr(asked, f.name)) for f in fields(Recipe)
-             if f.name not in ('name', 'minutes', 'device', 'num_workers') and getattr(asked, f.name) != 'auto'}
+    then = lasting_fields(was)
+    pairs = {k: (then[k], v) for k, v in lasting_fields(asked).items() if v != 'auto'}
     pairs['recipe'] = was.name, 'auto' if recipe == 'auto' else base.name
     pairs['images'] = str(Path(images.path).resolve()), str(Path(source.path).resolve())
     pairs['group'] = images.group, source.group
