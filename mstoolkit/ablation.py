@@ -36,7 +36,7 @@ from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
 from .evaluate.stats import verdicts
 from .recipe import Recipe, load_recipe, read_toml, recipes, tomllib
-from .runs import (Run, correct_cells, finished_runs, read_failures, read_study, run_file, seed_folder,
+from .runs import (Run, correct_cells, finished_runs, read_failures, read_history, read_study, run_file, seed_folder,
                             study_file)
 from .train import meeting_device, recipe_dls, recipe_learner, resume_run, train
 
@@ -103,6 +103,10 @@ class Job:
     @property
     def done(self) -> bool: return self.folder.is_dir()
     @property
+    def recipe_file(self) -> Path: return self.folder.with_suffix('.toml') # beside the folder, for a process of its own
+    @property
+    def log(self) -> Path: return self.folder.with_suffix('.log')
+    @property
     def name(self) -> str: return f'{self.cell}, seed {self.recipe.seed}'
 
 def study_jobs(
@@ -118,6 +122,12 @@ def study_jobs(
     return [Job(c, replace(r, seed=s), seed_folder(out, c, s)) for s in range(seeds) for c, r in cells.items()]
 
 # %% ../nbs/740_ablation.ipynb #333762d4
+def _minutes(recipe: Recipe, part: Path) -> float|None:
+    "The budget of a run that goes on: what its recipe says, and on top, where that is another than it began with, what it has used."
+    if not recipe.minutes: return None
+    same = load_recipe(run_file(part, 'recipe')).minutes == recipe.minutes
+    return recipe.minutes + (0 if same else read_history(part).seconds.sum()/60)
+
 def run_job(
     folder: str|Path, # the run folder to make
     recipe: Recipe|str|Path, # what to do
@@ -135,7 +145,7 @@ def run_job(
             begun = from_first(run_file(part, 'state').is_file())
             if not begun and not process_rank(): shutil.rmtree(part, ignore_errors=True)
             if not begun: train(recipe, source, part, spent=spent)
-            else: resume_run(part, data_source(source).path, minutes=recipe.minutes or None, spent=spent)
+            else: resume_run(part, data_source(source).path, minutes=_minutes(recipe, part), spent=spent)
     finally: torch.set_num_threads(before)
     if not process_rank(): part.rename(folder)
 
@@ -158,19 +168,19 @@ def _run_below(folder: str, recipe: str, source: str, threads: str, processes: s
 
 def _start(job: Job, source: Path, threads: int, processes: int = 1, *, gpu: str|None = None) -> subprocess.Popen:
     "Start one run in a process of its own; what it prints goes into a log beside its folder."
-    recipe = job.recipe.save(job.folder.with_suffix('.toml'))
+    recipe = job.recipe.save(job.recipe_file)
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), NO_ALBUMENTATIONS_UPDATE='1')
     share_processors(env)
     if gpu is not None and job.recipe.device in ('auto', 'cuda'): env['CUDA_VISIBLE_DEVICES'] = gpu
     words = os.getpid(), job.folder, recipe, job.source or source, threads, processes
     cmd = [sys.executable, '-c', _program, *map(str, words)]
-    with job.folder.with_suffix('.log').open('w', encoding='utf-8') as f:
+    with job.log.open('w', encoding='utf-8') as f:
         return subprocess.Popen(cmd, stdout=f, stderr=f, env=env)
 
 def _outcome(job: Job, code: int) -> str|None:
     "The last line of the log of a run that failed."
     if not code: return None
-    lines = [o for o in job.folder.with_suffix('.log').read_text(encoding='utf-8').splitlines() if o.strip()]
+    lines = [o for o in job.log.read_text(encoding='utf-8').splitlines() if o.strip()]
     return lines[-1] if lines else f'exit code {code}'
 
 # %% ../nbs/740_ablation.ipynb #285ee0a0

@@ -152,7 +152,8 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     if data and not data.exists(): _folder(data)
     if folds:
         from mstoolkit.several.folds import resume_folds
-        kw = {k: ctx.params[k] for k in ('minutes', 'jobs', 'threads', 'processes', 'ray')}
+        how = 'minutes', 'jobs', 'threads', 'processes', 'ray'
+        kw = {k: ctx.params[k] for k in how if ctx.get_parameter_source(k).name == 'COMMANDLINE'}
         resume_folds(run, data, spent=process_age(), **kw)
         return
     from mstoolkit.train import resume_run
@@ -400,10 +401,11 @@ def submit(
         help="CSV to write, or a .zip that holds it")] = Path('prediction.zip'),
     force: Annotated[bool, typer.Option('--force', help="replace a file that is there")] = False,
     recipe: Annotated[str, typer.Option('--recipe', '-r', autocompletion=_complete(('auto', *_names['recipe'])),
-        help=f"of folds that are still to be trained: auto, {', '.join(recipes)}, or a .toml file")] = 'auto',
+        help=f"of folds that are still to be trained: auto, {', '.join(recipes)}, or a .toml file; auto")] = '',
     weights_dir: Annotated[Optional[Path], typer.Option(
         help="folder of pretrained weights that auto may choose from")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="folds trained side by side on this machine")] = 1,
+    jobs: Annotated[Optional[int], typer.Option(min=1,
+        help="folds trained side by side on this machine; 1, or as they began")] = None,
     tta: Annotated[str, typer.Option(autocompletion=_complete(('auto', *_names['tta'])),
         help="average over views of an image: auto (what is better on validation), none, flip, sizes, flip+sizes")] = 'auto',
     on_bad: Annotated[str, typer.Option(autocompletion=_complete(_names['on_bad']),
@@ -416,14 +418,15 @@ def submit(
     from mstoolkit.several.submit import submit as run
     from mstoolkit.runs import run_file
     trained = run_file(folder, 'env').is_file()
-    if trained and (given := [*recipe_fields, *source_fields]):
+    asked = [k for k, v in dict(recipe=recipe, weights_dir=weights_dir).items() if v]
+    device = recipe_fields.get('device', 'auto')
+    if trained and (given := [o for o in (*recipe_fields, *source_fields, *asked) if o != 'device']):
         flag = given[0].replace('_', '-')
         raise ValueError(f"{str(folder)!r} was trained already, --{flag} is for a training: leave it out")
     folds = source_fields.pop('folds', None)
     source = folder if trained else _source(folder, source_fields)
-    run(source, images, out, folds=folds, recipe=recipe, given=recipe_fields,
-        weights_dir=weights_dir or '', jobs=jobs, spent=process_age(), force=force, tta=tta, on_bad=on_bad,
-        device=recipe_fields.get('device', 'auto'))
+    run(source, images, out, folds=folds, recipe=recipe or None, given={} if trained else recipe_fields,
+        weights_dir=weights_dir or '', jobs=jobs, spent=process_age(), force=force, tta=tta, on_bad=on_bad, device=device)
 
 # %% ../nbs/810_cli.ipynb #f490f587
 @app.command()

@@ -210,6 +210,8 @@ class Recipe(PlainData):
     teacher:str = option('', str, 'Training',
                          "model file or run folder whose answers to the same images are learned instead of labels")
     soften:float = option(2., float, 'Training', "temperature of the teacher's and the student's answers; 1 softens nothing", above=0)
+    keep_answers:int = option(0, int, 'Training',
+                              "passes whose images and teacher's answers are kept and learnt from again, under minutes; 0: ask anew", lo=0)
     teacher_digest:str = option('', str, 'Training',
                                 "fingerprint of the teacher's file, which a run writes down: another file is refused")
     cutmix:float = option(.5, float, 'Training', "share of the batches that get CutMix", lo=0, hi=1)
@@ -288,6 +290,9 @@ class Recipe(PlainData):
         if self.keep_maps and (self.cutmix + self.mixup or self.start_size or self.teacher or self.recompute):
             raise ValueError("recipe field 'keep_maps' leaves no images to mix, to let grow, to show to a teacher or to compute again: "
                              "leave it out, or cutmix, mixup, start_size, teacher and recompute")
+        if self.keep_answers and not (self.teacher and self.minutes and not self.start_size):
+            raise ValueError("recipe field 'keep_answers' keeps what a teacher says to images of one size while minutes last: "
+                             "give 'teacher' and 'minutes' too, and no 'start_size'")
         if self.mix_off_epochs and self.mix_off_share:
             raise ValueError("recipe fields 'mix_off_epochs' and 'mix_off_share' say the same: leave one of them out")
         if self.minutes and self.mix_off_epochs:
@@ -316,7 +321,7 @@ class Recipe(PlainData):
             probe=(tuned, "schedule fine-tune"),
             freeze_share=(tuned and self.minutes, "schedule fine-tune and minutes"),
             train_bn=(tuned, "schedule fine-tune"),
-            smoothing=(self.loss == 'smoothed' and not self.teacher, "loss smoothed and no teacher"),
+            smoothing=(self.loss == 'smoothed' and (self.probe or not self.teacher), "loss smoothed, and with a teacher in probe alone"),
             soften=(self.teacher, "a teacher"), teacher_digest=(self.teacher, "a teacher"),
             balance=(not self.teacher or self.balance in ('none', 'sampler'), "labels; with a teacher, choose sampler"),
             restart_epochs=(self.schedule == 'warm-restarts', "schedule warm-restarts"),

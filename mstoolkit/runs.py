@@ -131,7 +131,7 @@ def read_env(
 _env_kinds: dict[str, Any] = {
     'data': dict, 'versions': dict, 'command': list, 'platform': str, 'started': str, 'device': str, 'gpu': str,
     'calibration': dict, 'calibration.temperature': (int, float), 'calibration.lines': [str],
-    'folds': int, 'members': [dict], 'told': [str],
+    'folds': int, 'members': [dict], 'told': [str], 'runs': [str], 'seed': int, 'minutes': (int, float), 'how': dict,
     'recipe': dict, 'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
     'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
 

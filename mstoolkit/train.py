@@ -37,7 +37,7 @@ from .callback.average import EMA
 from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.budget import Budget
 from .callback.checkpoint import Checkpoint, StreamPlace
-from .callback.distill import Distill
+from .callback.distill import Distill, KeepAnswers
 from .callback.distributed import Distributed, part_sizes, together
 from .callback.mix import BatchMix
 from .callback.probe import FreezeNorms, FreezeStages, KeepMaps, ProbeHead
@@ -143,6 +143,7 @@ def fit_recipe(
     if r.ema: cbs.append(EMA(r.ema, monitor=r.monitor))
     if r.probe: cbs.append(ProbeHead())
     if r.keep_maps: cbs.append(KeepMaps(r.keep_maps))
+    if r.keep_answers: cbs.append(KeepAnswers(r.keep_answers))
     if r.start_size: cbs.append(GrowingSize(r.start_size))
     if r.minutes and not any(isinstance(cb, Budget) for cb in cbs): cbs.append(Budget(r.minutes, frozen=r.freeze_share))
     schedules[r.schedule](learn, r, cbs)
@@ -512,7 +513,7 @@ def images_of(
     data: str|Path|None = None # folder of images; where it was when not given
 ) -> DataSource: # what it was trained on
     "The data of a training that was stopped, where they are now."
-    source = data_source(run_file(folder, 'source'), **(dict(path=str(Path(data).resolve())) if data else {}))
+    source = data_source(run_file(folder, 'source'), **(dict(path=str(data)) if data else {})).resolved()
     if not source.tables and not Path(source.path).is_dir():
         raise FileNotFoundError(f"there is no folder {source.path!r}, where the images were: say where they are now "
                                 f"(mstoolkit train DATA --resume {shlex.quote(str(folder))})")

@@ -11,9 +11,9 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from mstoolkit.callback.balance import LogitAdjust
-from mstoolkit.callback.distill import Distill
+from mstoolkit.callback.distill import Distill, KeepAnswers
 from mstoolkit.callback.mix import BatchMix
-from mstoolkit.classifier import Classifier, ModelHeader, change_header, model_digest
+from mstoolkit.classifier import Classifier, ModelHeader, average_models, change_header, model_digest
 from mstoolkit.cli import main
 from mstoolkit.data.core import get_stats, image_dls, set_stats
 from mstoolkit.learner import fusion_learner
@@ -92,6 +92,49 @@ def test_the_loss_is_the_literal_one(order, around, dls):
         p = F.softmax(z/t, 1)
         want = t*t*(p*(p.log() - F.log_softmax(pred.as_subclass(torch.Tensor)/t, 1))).sum(1).mean()
         torch.testing.assert_close(loss.as_subclass(torch.Tensor), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('mix,asked', [(None, [0]), (dict(cutmix=1., off_share=.5), [0, 2])])
+def test_passes_that_are_kept_are_learnt_from_again(mix, asked, dls):
+    "The same pixels and the same answers, of mixed images as long as they are mixed, and of whole ones after that."
+    teacher = spied()
+    _, kept = fitted(dls, *([BatchMix(**mix, seed=0)] if mix else []), Distill(teacher, 3.), KeepAnswers(1), n=4)
+    assert len(teacher.model.seen) == 3*len(asked) and len(kept) == 12
+    for n in range(4):
+        first, source = kept[3*n:3*n+3], max(o for o in asked if o <= n)
+        shown = kept[3*source:3*source+3]
+        for x, pred, loss in first:
+            apart = [float((x - o).abs().max()) for o, *_ in shown]
+            i = min(range(3), key=apart.__getitem__)
+            assert apart[i] < 2e-3 and sorted(apart)[1] > .1
+            z = teacher.model.fc(teacher.model.seen[3*asked.index(source) + i].mean((2, 3))).detach()
+            p = F.softmax(z/3, 1)
+            want = 9*(p*(p.log() - F.log_softmax(pred.as_subclass(torch.Tensor)/3, 1))).sum(1).mean()
+            torch.testing.assert_close(loss.as_subclass(torch.Tensor), want, atol=1e-4, rtol=1e-3)
+
+
+def test_answers_are_kept_where_that_is_possible(dls, monkeypatch):
+    teacher = spied()
+    monkeypatch.setattr('mstoolkit.callback.distill.free_memory', lambda: 1000)
+    fitted(dls, Distill(teacher), KeepAnswers(1), n=3)
+    assert len(teacher.model.seen) == 9
+    with pytest.raises(ValueError, match='add Distill'): fitted(dls, KeepAnswers(1))
+    with pytest.raises(ValueError, match='keep is 0'): KeepAnswers(0)
+    for kw in dict(teacher='x'), dict(minutes=1., epochs=0), dict(teacher='x', minutes=1., epochs=0, start_size=64):
+        with pytest.raises(ValueError, match="'keep_answers' keeps what a teacher says"): Recipe(keep_answers=1, **kw)
+
+
+def test_a_budget_keeps_answers(teacher, image_folder, tmp_path, monkeypatch):
+    asked, answers, batches = [], Distill.answers, []
+    monkeypatch.setattr(Distill, 'answers', lambda self, x: asked.append(1) or answers(self, x))
+    class Count(Callback):
+        run_valid = False
+        def after_batch(self): batches.append(1)
+    r = Recipe(backbone='test_resnet', pretrained=False, size=32, minutes=.2, epochs=0, bs=8, schedule='one-cycle', opt='adamw', lr=5e-3, cutmix=.5,
+               mix_off_share=.2, num_workers=0, augment='light', device='cpu', precision='fp32', memory_format='contiguous', plateau_patience=-1,
+               stop_patience=0, teacher=str(teacher), keep_answers=2)
+    train(r, image_folder, tmp_path/'run', cbs=[Count()])
+    assert len(batches) > 40 and len(asked) <= 3*2*2 + 3  # two passes of each kind, and one that was cut short
 
 
 def test_accumulation_divides_it(dls):
@@ -193,6 +236,14 @@ def test_the_measured_arithmetic_is_part_of_the_state():
     model = multiscale_model('test_resnet', 'plain', 3, pretrained=False)
     run = Classifier(model, spied().header).network(torch.rand(2, 3, 32, 32), 10_000, precision='auto', way=('fp32', 'channels-last'))
     assert run.args[0] == ('fp32', 'channels-last')
+    nets = [Classifier(multiscale_model('test_resnet', 'plain', 3, pretrained=False), spied().header) for _ in range(2)]
+    several, ways = average_models(nets), (('fp32', 'channels-last'), ('fp32', 'contiguous'))
+    assert several.network(torch.rand(2, 3, 32, 32), 10_000, precision='auto', way=ways).args[0] == ways
+    d = Distill(several, precision='fp32', memory_format='contiguous')
+    d.load_state_dict({'way': None})
+    assert d.way == ('fp32', 'contiguous')
+    d.load_state_dict({'way': [list(o) for o in ways]})
+    assert d.way == ways
     assert Distill(spied(), precision='fp32', memory_format='contiguous').way == ('fp32', 'contiguous')
     for kw in dict(precision='exact'), dict(memory_format='nhwc'):
         with pytest.raises(ValueError, match='unknown'): Distill(spied(), **kw)

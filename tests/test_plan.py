@@ -70,6 +70,17 @@ def test_short_trainings_keep_maps_of_networks_that_can_be_entered(ranked, image
         assert ('their maps kept' in told[-1]) == bool(kept)
 
 
+def test_a_teacher_is_asked_in_some_of_the_passes(ranked, image_folder, monkeypatch):
+    lite = 'tf_efficientnet_lite0.in1k'
+    ranked((lite, 20., Weights('file', 'w.pth')))
+    monkeypatch.setattr('mstoolkit.plan._answer_seconds', lambda *a: 4*300*.75/20/24) # for an image four times what the student takes
+    alone, _ = auto_recipe(image_folder, minutes=5)
+    taught, told = auto_recipe(image_folder, minutes=5, teacher='t')
+    assert (alone.keep_answers, taught.keep_answers, taught.keep_maps, taught.balance) == (0, 2, 0, 'none')
+    assert 'time for 10 passes' in told[-1] and 'the teacher asked in 2 of them' in told[-1]
+    assert auto_recipe(image_folder, epochs=5, teacher='t')[0].keep_answers == 0
+
+
 def test_takes_the_best_that_is_at_hand(ranked, image_folder):
     best, light = 'convnext_tiny.in12k_ft_in1k', 'tf_efficientnet_lite0.in1k'
     ranked((light, 90., Weights('file', 'lite0.pth')), (best, 20., Weights('cache', 'x')))

@@ -1,5 +1,6 @@
 "Several models as one: what a file of them predicts, how it is taken apart, folds, soups, ensembles, a submission."
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from mstoolkit.classifier import Classifier, ModelHeader, _one_by_one, average_m
 from mstoolkit.cli import main
 from mstoolkit.core import RunError
 from mstoolkit.data.core import image_loader
-from mstoolkit.data.sources import Sample
+from mstoolkit.data.sources import DataSource, Sample
 from mstoolkit.evaluate.attribution import scale_attribution, scale_shares
 from mstoolkit.evaluate.gain import view_gains
 from mstoolkit.evaluate.interpret import label_errors
@@ -29,10 +30,10 @@ from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run, Several, n_folds
 from mstoolkit.several import folds
 from mstoolkit.several import submit as submit_module
-from mstoolkit.several.combine import _cross_fitted, _kept, _Search, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
+from mstoolkit.several.combine import _cross_fitted, _kept, _moved_norms, _Search, _trained_on, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
 from mstoolkit.several.folds import _share, resume_folds, train_folds
 from mstoolkit.several.submit import choice_optimism, expected_accuracy, submit
-from mstoolkit.train import train
+from mstoolkit.train import images_of, train
 
 
 def classifier(seed, backbone='test_resnet', head='gated', size=32, mean=.5, classes=CLASSES):
@@ -392,6 +393,27 @@ def test_a_soup_is_the_mean_of_weights_with_norms_of_its_own(runs):
         average_weights([clfs[0], Classifier.load(runs/'plain')], files)
 
 
+def test_the_norms_of_a_soup(runs, monkeypatch):
+    "Those that all kept as they came stay; the others are estimated on batches of all classes, the last small one left out."
+    clfs = [Classifier.load(runs/f'r{i}') for i in range(2)]
+    states = [o.model.state_dict() for o in clfs]
+    norms = [n for n, m in clfs[0].model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for o in 'running_mean', 'running_var': states[1][f'{norms[0]}.{o}'].copy_(states[0][f'{norms[0]}.{o}'])
+    moved = _moved_norms(clfs[0].model, states)
+    assert len(moved) == len(norms) - 1 and clfs[0].model.get_submodule(norms[0]) not in moved
+    before, given = clfs[0].model.get_submodule(norms[0]).running_mean.clone(), []
+    batches = Classifier.batches
+    monkeypatch.setattr(Classifier, 'batches', lambda self, files, **kw: given.append((files, kw['bs'])) or batches(self, files, **kw))
+    pot = average_weights(clfs, 3*sorted((runs/'data'/'train').rglob('*.png')), num_workers=0)
+    assert torch.equal(pot.model.get_submodule(norms[0]).running_mean, before)
+    (files, bs), = given
+    assert len(files) == 2*bs == 128 and all(len({f.parent.name for f in files[i:i+16]}) == 3 for i in range(0, 128, 16))
+    # what it says of itself is what all say
+    clfs[1] = Classifier(clfs[1].model, replace(clfs[1].header, mirrored=False, temperature=4.))
+    pot = average_weights(clfs, files, num_workers=0)
+    assert clfs[0].header.mirrored and pot.header.mirrored is None and pot.header.temperature == pytest.approx(2.)
+
+
 def test_combine_writes_what_it_kept(runs, tmp_path, capsys):
     paths = [runs/o for o in ('r0', 'r1', 'r2', 'plain')]
     s = combine(paths, out=tmp_path/'c', how='ensemble', num_workers=0)
@@ -406,6 +428,25 @@ def test_combine_writes_what_it_kept(runs, tmp_path, capsys):
     assert s.accuracy == pytest.approx(float(s.env['told'][0].split('accuracy ')[1].split(',')[0]), abs=1e-4)
     page = (s.path/'report.html').read_text(encoding='utf-8')
     assert 'McNemar p' in page and 'brought' in page and 'the choosing counted' in capsys.readouterr().out
+
+
+def test_what_is_kept_gets_a_temperature_that_is_judged_where_it_was_not_fitted(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('mstoolkit.evaluate.calibration.least_images', 30)
+    monkeypatch.setattr('mstoolkit.several.combine.least_images', 30)
+    paths = [runs/o for o in ('r0', 'r1', 'r2')]
+    s = combine(paths, out=tmp_path/'c', how='ensemble', num_workers=0)
+    clf, sure = Classifier.load(s.path), s.env['calibration']
+    t, weights = clf.header.temperature, {m['name']: m['weight'] for m in s.members}
+    assert t == pytest.approx(sure['temperature']) and t != 1 and sure['after']['log_loss'] < sure['before']['log_loss']
+    images, taken = sorted((runs/'data'/'val').rglob('*.png')), [p for p in paths if weights[p.name]]
+    plain = by_hand([o/'model.safetensors' for o in taken], images, [weights[o.name] for o in taken]).double().log()
+    assert (predict_probs(clf, images, num_workers=0, device='cpu')[0] - (plain/t).softmax(1)).abs().max() < 1e-6
+    surest = s.preds.set_index('image').label_confidence
+    assert sure['after']['log_loss'] == pytest.approx(float(-np.log(surest).mean()), abs=1e-6)
+    assert f'temperature {t:.3f}, fitted on 60 validation images' in capsys.readouterr().out
+    # put together with others it is a mean like any other, and that is said
+    both = average_models([s.path, runs/'plain'])
+    assert both.header.temperature == 1 and f'averaged without its temperature {t:g}' in capsys.readouterr().err
 
 
 def test_copies_with_noise_are_not_called_better(tmp_path, monkeypatch):
@@ -433,6 +474,125 @@ def test_bad_combinations_are_one_line(runs, args, what, tmp_path, capsys):
     assert main(['combine', *words, '--out', str(tmp_path/'c')]) == 2
     err = capsys.readouterr().err
     assert what in err and len(err.splitlines()) == 1 and not (tmp_path/'c').exists()
+
+
+def test_what_models_and_combinations_were_trained_on_is_known(runs, tmp_path, capsys):
+    "Validation images held out by another seed are training images of these."
+    whole, bare = tmp_path/'all', tmp_path/'bare'
+    for f in sorted((runs/'data').rglob('*.png')):
+        to = whole/f.parent.name/f'{f.parent.parent.name}-{f.name}'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(f.read_bytes())
+    own = [tmp_path/'s7', tmp_path/'s8']
+    for s, o in zip((7, 8), own): train(replace(BASE, seed=s, epochs=1), DataSource(whole, valid='none'), o)
+    for paths in own, [o/'model.safetensors' for o in own]:
+        with pytest.raises(ValueError, match='was trained on'): combine(paths, out=tmp_path/'d', num_workers=0)
+    c = combine([runs/'r0', runs/'r1'], out=tmp_path/'c1', how='ensemble', num_workers=0).path
+    assert _trained_on(c) == {f.resolve() for f in (runs/'data'/'train').rglob('*.png')} and Several(c).env['seed'] == 0
+    with pytest.raises(ValueError, match='was trained on'): combine([c, runs/'r2'], DataSource(runs/'data', train='val', valid='train'), tmp_path/'d')
+    bare.mkdir()
+    files = [bare/f'{i}.safetensors' for i in range(2)]
+    for i, f in enumerate(files): f.write_bytes((runs/f'r{i}'/'model.safetensors').read_bytes())
+    capsys.readouterr()
+    assert combine(files, runs/'data', tmp_path/'e', num_workers=0).path.is_dir()
+    assert capsys.readouterr().err.count('was trained on is not known') == 2 and _trained_on(bare) is None
+
+
+def test_groups_are_chosen_without_together():
+    samples = [Sample(Path(f'{i}.png'), str(i % 2), group=f'g{i % 3}') for i in range(12)]
+    s = object.__new__(_Search)
+    s.models, s.names, s.classes, s.y = [None]*2, list('ab'), list('01'), np.arange(12) % 2
+    p = np.random.default_rng(0).dirichlet([1, 1], (2, 12))
+    s.probs, s.soups = (lambda own: p[own[0]]), (lambda: [])
+    assert _cross_fitted(s, samples, ['ensemble'], 0)['ensemble'].shape == (12, 2)
+
+
+def test_the_fingerprint_of_folds_knows_labels_and_names(tmp_path):
+    rng = np.random.default_rng(0)
+    for c, colour in zip(CLASSES, COLOURS): write_images(tmp_path/'data'/c, 4, colour, rng)
+    names = sorted(str(o.relative_to(tmp_path/'data')) for o in (tmp_path/'data').rglob('*.png'))
+    table = pd.DataFrame(dict(path=names, label=[o.split('/')[0] for o in names]))
+    seen = []
+    for label, group in (('2', ''), ('10', ''), ('2', 'a')):
+        table.loc[0, 'label'] = label
+        if group: table['group'] = group
+        table.to_csv(tmp_path/'t.csv', index=False)
+        seen.append(folds.images_digest(DataSource(tmp_path/'data', csv=tmp_path/'t.csv', group='group' if group else '')))
+    plain = folds.images_digest(DataSource(tmp_path/'data'))
+    (tmp_path/'data'/CLASSES[0]).rename(tmp_path/'data'/f'{CLASSES[0]}x')
+    assert len({*seen, plain, folds.images_digest(DataSource(tmp_path/'data'))}) == 5
+
+
+def test_images_that_changed_before_the_first_epoch_ended_are_taken_as_they_are(image_folder, tmp_path, monkeypatch):
+    def stopped(*_, **kw): raise KeyboardInterrupt
+    own = folds.run_jobs
+    monkeypatch.setattr(folds, 'run_jobs', stopped)
+    with pytest.raises(KeyboardInterrupt): train_folds(replace(BASE, epochs=1), image_folder, tmp_path/'f', folds=2)
+    new = image_folder/'train'/'2'/'new.png'
+    new.write_bytes((image_folder/'val'/'2'/'0.png').read_bytes())
+    monkeypatch.setattr(folds, 'run_jobs', own)
+    assert 'train/2/new.png' in list(resume_folds(tmp_path/'f').preds.image)
+
+
+def test_folds_go_on_as_they_began(image_folder, tmp_path, monkeypatch, capsys):
+    asked = []
+    def stopped(*a, **kw):
+        asked.append((a[2], kw['jobs'], kw['processes']))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(folds, 'run_jobs', stopped)
+    with pytest.raises(KeyboardInterrupt): train_folds(replace(BASE, epochs=1), image_folder, tmp_path/'f', folds=2, jobs=2, threads=1)
+    for kw in {}, dict(jobs=2), dict(threads=3), dict(jobs=1, threads=2):
+        with pytest.raises(KeyboardInterrupt): resume_folds(tmp_path/'f', **kw)
+    assert asked == [(1, 2, 1), (1, 2, 1), (1, 2, 1), (3, 2, 1), (2, 1, 1)]
+    assert main(['train', '--resume', str(tmp_path/'f')]) == 130
+    assert asked[-1] == (1, 2, 1)
+
+
+def test_another_budget_counts_from_now(image_folder, tmp_path):
+    part = tmp_path/'.fold-0'
+    part.mkdir()
+    r = Recipe(**TRAIN | dict(epochs=0, minutes=3.))
+    r.save(part/'recipe.toml')
+    (part/'history.csv').write_text('epoch,train_loss,valid_loss,accuracy,seconds\n1,1,1,.5,60\n2,1,1,.5,30\n')
+    assert ablation._minutes(r, part) == 3 and ablation._minutes(replace(r, minutes=2.), part) == 3.5 and ablation._minutes(BASE, part) is None
+
+
+@pytest.mark.parametrize('path,there', [('OWNER/NAME', 'OWNER/NAME'), ('s3://bucket/shards', 's3://bucket/shards')])
+def test_data_that_lie_elsewhere_stay_where_they_are(path, there, tmp_path):
+    DataSource(path, data_format='hf').save(tmp_path/'data.toml')
+    assert images_of(tmp_path, path).path == there and images_of(tmp_path).path == there
+
+
+def test_a_start_that_fails_leaves_the_name_free(image_folder, tmp_path):
+    (image_folder/'train'/'2'/'0.png').write_bytes(b'no image')
+    with pytest.raises(RunError, match='no fold could begin'): train_folds(replace(BASE, epochs=1), image_folder, tmp_path/'f', folds=2, jobs=2, threads=1)
+    assert not (tmp_path/'f').exists() or not any((tmp_path/'f').iterdir())
+
+
+def test_epochs_that_were_not_validated_have_no_score(three_folds, image_folder, tmp_path):
+    shutil.copytree(three_folds, tmp_path/'f')
+    for k in range(3):
+        file = tmp_path/'f'/f'fold-{k}'/'history.csv'
+        h = pd.read_csv(file)
+        h.loc[0, ['accuracy', 'valid_loss']] = np.nan
+        h.to_csv(file, index=False)
+    e = expected_accuracy(tmp_path/'f', image_folder/'test')
+    assert 0 < e.low < e.accuracy and 'nan' not in e.how
+
+
+def test_what_cannot_be_submitted_is_said_before_the_training(three_folds, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(submit_module, 'train_folds', lambda *a, **kw: pytest.fail('trained'))
+    out, test = tmp_path/'p.csv', image_folder/'test'
+    for kw, what in ((dict(tta='sizes'), 'shows a second size'), (dict(on_bad='slip'), "did you mean 'skip'")):
+        with pytest.raises(ValueError, match=what): submit(image_folder, test, out, **kw)
+    for kw, what in ((dict(folds=3), 'folds'), (dict(recipe='gate'), 'recipe'), (dict(given=dict(lr=1.)), 'given'), (dict(weights_dir='w'), 'weights_dir')):
+        with pytest.raises(ValueError, match=f'was trained already, {what} is for a training'): submit(three_folds, test, out, **kw)
+    assert main(['submit', str(three_folds), str(test), '--weights-dir', 'w', '--out', str(out)]) == 2
+    assert '--weights-dir is for a training' in capsys.readouterr().err
+    assert main(['submit', str(three_folds), str(test), '--device', 'cpu', '--tta', 'none', '--out', str(out)]) == 0
+    one = next(test.rglob('*.png'))
+    one.with_suffix('.jpg').write_bytes(one.read_bytes())
+    with pytest.raises(ValueError, match='two images have the name'): submit(image_folder, test, tmp_path/'q.csv')
 
 
 def test_submit_takes_folds_and_says_what_to_expect(three_folds, image_folder, tmp_path, capsys):

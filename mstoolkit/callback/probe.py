@@ -14,10 +14,9 @@ from time import perf_counter
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.torch_core import get_model
-from fastcore.basics import GetAttr
 from torch import nn
 
-from .core import body_is_frozen, is_lasting_fit
+from .core import OwnBatches, body_is_frozen, is_lasting_fit
 from .progress import RunHistory
 from .speed import Arithmetic, FrozenBody
 from ..core import as_first, free_memory, from_all, from_first, n_processes, process_rank, track
@@ -139,13 +138,6 @@ class FreezeStages(Callback):
         if self.opt.frozen_idx < self.n: self.learn.freeze_to(self.n)
 
 # %% ../../nbs/385_callback.probe.ipynb #55928069
-class _Maps(GetAttr):
-    "A pass over the data as what a `StageEntry` takes; anything else asked of it, the loader answers."
-    _default = 'dl'
-    def __init__(self, dl, cb): self.dl, self.cb = dl, cb
-    def __len__(self): return len(self.dl)
-    def __iter__(self): return self.cb.batches(self.dl)
-
 class KeepMaps(Callback):
     "Run the first stages, where they rest, without gradients, and learn again from the maps that they made in the first passes."
     order, run_valid = TrainEvalCallback.order+4, False # before all that slice or time the batches, and before all that look at them
@@ -173,7 +165,7 @@ class KeepMaps(Callback):
                 raise ValueError(f"KeepMaps has no images for {type(getattr(self.learn, cb)).__name__}: leave one of them out")
         if not n: raise ValueError("KeepMaps keeps what resting stages make, and all of them learn: add FreezeStages")
         self.seconds, self.n = 0., n
-        self.learn.dl = _Maps(self.dl, self)
+        self.learn.dl = OwnBatches(self.dl, self.batches)
         get_model(self.model).entry = self.begin_at
 
     def _prepare(self, x, n: int):

@@ -8,6 +8,9 @@ Docs: https://mstoolkit.github.io/mstoolkit/several.combine.html.md"""
 __all__ = ['kinds', 'average_weights', 'greedy_soup', 'log_loss', 'greedy_ensemble', 'combine']
 
 # %% ../../nbs/770_several.combine.ipynb #4bd94a1d
+import math
+import random
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,15 +23,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..classifier import Classifier, average_models
+from ..classifier import Classifier, average_models, shared_field
 from ..core import check_new, choice, counted, new_folder, write_text
 from ..data.core import known_samples, settled_samples
 from ..data.sources import DataSource, Sample, data_source, fold_split, image_name
+from ..evaluate.calibration import calibrate, least_images
 from ..evaluate.stats import accuracy_interval, holm, mcnemar
 from ..predict import predict_probs
 from ..recipe import load_recipe
 from ..report import write_report
-from ..runs import Several, environment, file_names, fold_folder, free_run_folder, n_folds, run_file, write_env
+from ..runs import Several, environment, file_names, fold_folder, free_run_folder, read_env, run_file, write_env
 
 # %% ../../nbs/770_several.combine.ipynb #a9356be3
 def average_weights(
@@ -45,8 +49,11 @@ def average_weights(
     states, net = [o.model.state_dict() for o in models], deepcopy(first.model)
     mean = lambda k, v: torch.stack([s[k] for s in states]).mean(0) if v.is_floating_point() else v
     net.load_state_dict({k: mean(k, v) for k, v in states[0].items()})
-    clf = Classifier(net.eval(), replace(first.header, metrics={}))
-    _estimate_norms(clf, list(files), num_workers)
+    said = {k: shared_field(models, k, other) for k, other in dict(augment='', mirrored=None).items()}
+    # nearer to its own temperature, which nobody has fitted, than 1 is
+    warmth = math.exp(sum(math.log(o.header.temperature) for o in models)/len(models))
+    clf = Classifier(net.eval(), replace(first.header, metrics={}, temperature=warmth, **said))
+    _estimate_norms(clf, _moved_norms(net, states), list(files), num_workers)
     return clf
 
 def _kind(clf: Classifier) -> tuple: # what two networks must share to be averaged in their weights
@@ -58,17 +65,26 @@ def _told(clf: Classifier) -> str:
     if h.members: return counted(len(h.members), 'network')
     return f"{h.config.get('head')} head on {h.config['backbone']}, {h.size} px"
 
-def _estimate_norms(clf: Classifier, files: list[Path], num_workers: int|None = None):
+def _moved_norms(net: nn.Module, states: list[dict]) -> list[nn.Module]:
+    "The batch norms whose statistics differ among networks; where they were kept as they came, those are what all learnt with."
+    norms = {n: m for n, m in net.named_modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
+    same = lambda k: all(torch.equal(s[k], states[0][k]) for s in states)
+    return [m for n, m in norms.items() if not (same(f'{n}.running_mean') and same(f'{n}.running_var'))]
+
+def _estimate_norms(clf: Classifier, norms: list[nn.Module], files: list[Path], num_workers: int|None = None, bs: int = 64):
     "Run training images through a network whose batch norms take their mean and variance from them."
-    norms = [m for m in clf.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms: return
+    # in an order of chance, for a batch of one class has another variance; a last small batch would count like a whole one
+    files = random.Random(0).sample(files, len(files))
+    files = files[:len(files)//bs*bs] or files
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.momentum = None # the plain mean over batches
         m.train()
     with torch.no_grad():
-        for _, x, good, _ in clf.batches(files, num_workers=num_workers):
+        for _, x, good, _ in clf.batches(files, bs=bs, num_workers=num_workers):
             if len(good) > 1: clf.model(x) # a batch of one has no variance
     for m, momentum in zip(norms, momenta): m.momentum = momentum
     clf.model.eval()
@@ -164,9 +180,13 @@ class _Search:
             found['ensemble'] = _Choice('ensemble', own, sum(k*self.probs(o) for o, k in own.items())/n.sum())
         return found
 
+def _apart(samples: list[Sample]) -> int:
+    "How many of the images, or groups of them, can be chosen without."
+    return len({o.group or i for i, o in enumerate(samples)})
+
 def _cross_fitted(s: _Search, samples: list[Sample], kinds: Sequence[str], seed: int) -> dict:
     "Kind → (images, classes), by what was chosen without each image; where nothing of a kind was, by the best run."
-    number, parts = {id(o): i for i, o in enumerate(samples)}, min(5, len(samples))
+    number, parts = {id(o): i for i, o in enumerate(samples)}, min(5, _apart(samples))
     out = {k: np.empty((len(samples), len(s.classes))) for k in ('single', *kinds)}
     for k in range(parts):
         rest, held = (np.array([number[id(o)] for o in side]) for side in fold_split(samples, parts, k, seed))
@@ -175,28 +195,42 @@ def _cross_fitted(s: _Search, samples: list[Sample], kinds: Sequence[str], seed:
     return out
 
 # %% ../../nbs/770_several.combine.ipynb #155d278f
-def _trained_on(path: Path) -> set: # resolved paths; of a bare model file, nothing is known
-    "The images that a run, or the runs of a folder of folds, was trained on."
-    folders = [fold_folder(path, k) for k in range(n_folds(path))] if path.is_dir() and n_folds(path) else [path]
-    out = set()
-    for f in folders:
-        if f.is_dir() and run_file(f, 'source').is_file() and run_file(f, 'recipe').is_file():
-            tr = settled_samples(DataSource.load(run_file(f, 'source')), load_recipe(run_file(f, 'recipe')).seed)[1]
-            out |= {s.path.resolve() for s in known_samples(tr)}
-    return out
+def _run_of(path: Path) -> Path:
+    "The run folder that a model file lies in, or that is named itself."
+    return path.parent if path.is_file() and run_file(path.parent, 'model') == path else path
+
+def _seed(run: Path) -> int: # of what was held out
+    if run_file(run, 'recipe').is_file(): return load_recipe(run_file(run, 'recipe')).seed
+    return read_env(run).get('seed', 42) if run_file(run, 'env').is_file() else 42
+
+def _trained_on(run: Path) -> set|None: # resolved paths; `None`: nothing is known
+    "The images that a run, folds or the runs of a combination were trained on."
+    env = read_env(run) if run_file(run, 'env').is_file() else {}
+    below = [fold_folder(run, k) for k in range(env.get('folds', 0))] or [Path(o) for o in env.get('runs', [])]
+    if below:
+        each = [_trained_on(o) for o in below]
+        return None if None in each else set().union(*each)
+    if not run_file(run, 'source').is_file() or not run_file(run, 'recipe').is_file(): return None
+    source = DataSource.load(run_file(run, 'source'))
+    if not source.tables and not Path(source.path).is_dir(): return None # they have been moved
+    return {s.path.resolve() for s in known_samples(settled_samples(source, _seed(run))[1])}
 
 def _held_out(paths: list[Path], data, given: dict) -> tuple[DataSource, int, list[Sample], list[Sample]]:
     "The data, its seed, and its training and validation images, on none of which a run was trained."
     first = paths[0]
     if data is None and not run_file(first, 'source').is_file():
         raise ValueError(f"{str(first)!r} does not say what it was trained on: give data (--data)")
-    source = data_source(run_file(first, 'source') if data is None else data, **given)
-    seed = load_recipe(run_file(first, 'recipe')).seed if run_file(first, 'recipe').is_file() else 42
+    source, seed = data_source(run_file(first, 'source') if data is None else data, **given), _seed(first)
     _, tr, va, _ = settled_samples(source, seed)
     if len(va) < 10:
         raise ValueError(f"{counted(len(va), 'validation image')} of {source.path!r}: to choose by them it takes 10 or more")
+    if _apart(va) < 2:
+        raise ValueError(f"the {len(va)} validation images of {source.path!r} are of one group: to choose by them it takes two")
     for p in paths:
-        if seen := {s.path.resolve() for s in va} & _trained_on(p):
+        if (known := _trained_on(p)) is None:
+            print(f"what {str(p)!r} was trained on is not known: that none of the {len(va)} validation images were among "
+                  "it, you have to know", file=sys.stderr, flush=True)
+        elif seen := {s.path.resolve() for s in va} & known:
             raise ValueError(f"{str(p)!r} was trained on {len(seen)} of the {len(va)} validation images, such as "
                              f"{str(min(seen))!r}: to choose by them would flatter it; give images that no run was "
                              "trained on (data=, --data)")
@@ -209,6 +243,10 @@ def _names(paths: list[Path]) -> list[str]:
         names = ['/'.join(o[-n:]) for o in full]
         if len(set(names)) == len(names): break
     return names
+
+def _without_temperature(clf: Classifier) -> Classifier:
+    "The temperature of a mean cannot be handed on to its members, so that such a mean is judged as it will be averaged."
+    return replace(clf, header=replace(clf.header, temperature=1.)) if clf.header.members else clf
 
 # %% ../../nbs/770_several.combine.ipynb #7943a16c
 kinds = 'soup', 'ensemble' # of combinations
@@ -227,9 +265,10 @@ def combine(
     paths = [Path(o) for o in runs]
     if len(paths) < 2: raise ValueError(f"{counted(len(paths), 'run')}: to combine it takes 2 or more")
     out = check_new(Path(out or free_run_folder('combined')), 'folder')
-    models, names = [Classifier.load(o) for o in paths], _names(paths)
+    models, names = [_without_temperature(Classifier.load(o)) for o in paths], _names(paths)
     average_models(paths) # says what cannot be put together
-    source, seed, tr, va = _held_out(paths, data, source)
+    homes = [_run_of(o) for o in paths]
+    source, seed, tr, va = _held_out(homes, data, source)
     if odd := {s.label for s in va} - set(models[0].header.classes):
         raise ValueError(f"class {min(odd)!r} of {source.path!r} is none of the models'")
     s = _Search(models, names, va, [o.path for o in tr[::max(1, len(tr)//1024)]], num_workers)
@@ -241,7 +280,9 @@ def combine(
     verdict = _verdict(honest, s.y, tried)
     best = s.choose(np.arange(len(va)), tried)
     kept = best.get(_kept(verdict) if how == 'auto' else how, best['single'])
-    with new_folder(out, 'folder'): return _written(out, s, kept, honest, verdict, source, va)
+    facts = dict(runs=[str(o.resolve()) for o in homes], seed=seed,
+                 seconds=sum(read_env(o).get('seconds', 0) for o in homes if run_file(o, 'env').is_file()))
+    with new_folder(out, 'folder'): return _written(out, s, kept, honest, verdict, source, va, facts)
 
 def _verdict(honest: dict, y: np.ndarray, tried: list[str]) -> pd.DataFrame: # accuracy, gain, won, lost, p
     "Each kind of combination against the best run, a row for each, on images that neither was chosen by."
@@ -259,9 +300,11 @@ def _kept(verdict: pd.DataFrame, alpha: float = .05) -> str: # a kind
     return better.accuracy.idxmax() if len(better) else 'single'
 
 def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.DataFrame, source: DataSource,
-             va: list[Sample]) -> Several:
+             va: list[Sample], facts: dict) -> Several:
     "The folder."
-    own, right = honest[kept.kind], honest[kept.kind].argmax(1) == s.y
+    own, answer = honest[kept.kind], honest[kept.kind].argmax(1)
+    right = answer == s.y
+    sure = calibrate(torch.from_numpy(own).clamp(min=1e-12).log(), torch.from_numpy(s.y))
     title = lambda o: ' + '.join(s.names[i] for i in o)
     low, high = accuracy_interval(right)
     told = [_sentence(k, r) for k, r in verdict.iterrows()]
@@ -270,17 +313,20 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
                 f"accuracy to expect {right.mean():.4f} (95 % interval {low:.4f} to {high:.4f}), the choosing counted.")
     clf = average_models([s.candidate(o) for o in kept.weights], list(kept.weights.values()),
                          names=[title(o) for o in kept.weights], metrics=dict(accuracy=float(right.mean())))
-    clf.save(run_file(out, 'model'))
+    temperature = min(100., max(.01, clf.header.temperature*sure.temperature)) # a run kept alone may have one
+    replace(clf, header=replace(clf.header, temperature=temperature)).save(run_file(out, 'model'))
     source.kept_in(out).save(run_file(out, 'source'))
-    image, i = [image_name(o.path, source.root) for o in va], own.argmax(1)
-    df = pd.DataFrame(dict(image=file_names(image), label=[o.label for o in va], pred_label=[s.classes[k] for k in i],
-                           confidence=own.max(1), label_confidence=own[np.arange(len(i)), s.y]))
+    image, probs = [image_name(o.path, source.root) for o in va], sure.probs.numpy()
+    df = pd.DataFrame(dict(image=file_names(image), label=[o.label for o in va], pred_label=[s.classes[k] for k in answer],
+                           confidence=probs.max(1), label_confidence=probs[np.arange(len(probs)), s.y]))
     write_text(run_file(out, 'preds'), df.to_csv(index=False))
     about = ("Each image is answered by what was chosen without it and its fifth of the images; the model file holds "
              "what was chosen on all of them.")
-    write_env(out, environment(members=_brought(s, kept), told=told, about=about))
+    write_env(out, environment(members=_brought(s, kept), told=told, about=about, calibration=sure.plain(),
+                              **facts))
     page = write_report(out)
-    print(*told, f"model and page: {page.parent}", sep='\n', flush=True)
+    said = sure.lines() if sure.images >= least_images else []
+    print(*told, *said, f"model and page: {page.parent}", sep='\n', flush=True)
     return Several(out)
 
 def _sentence(kind: str, r: pd.Series) -> str:

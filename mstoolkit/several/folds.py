@@ -8,6 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/several.folds.html.md"""
 __all__ = ['train_folds', 'resume_folds']
 
 # %% ../../nbs/760_several.folds.ipynb #28906df6
+import hashlib
 import math
 import shlex
 import time
@@ -24,7 +25,7 @@ from ..classifier import average_models
 from ..core import RunError, counted, natural_key, new_folder, pick_device, write_text
 from ..data.check import check_samples
 from ..data.core import settled_samples
-from ..data.sources import DataSource, data_source, source_samples
+from ..data.sources import DataSource, class_names, data_source, image_name, source_samples
 from ..evaluate.stats import accuracy_interval, fold_interval
 from ..plan import default_minutes
 from ..recipe import Recipe, load_recipe
@@ -54,9 +55,17 @@ def _write_sources(out: Path, source: DataSource):
 def images_digest(
     source: DataSource # what is cut into folds
 ) -> str: # hexadecimal
-    "A fingerprint of the images, whatever fold they are in."
-    classes = source.file('classes') or source.classes
-    return check_samples(source_samples(source)[0], [], source.path, classes=classes).contents
+    "A fingerprint of the images with their names, labels, groups and classes, whatever fold they are in."
+    samples, classes = source_samples(source)[0], source.file('classes') or source.classes
+    contents = check_samples(samples, [], source.path, classes=classes).contents
+    names = class_names(samples, [], classes)[0]
+    lines = [contents, *names, *('\t'.join(map(str, (image_name(o.path, source.root), o.label, o.group))) for o in samples)]
+    return hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()[:32]
+
+def _facts(source: DataSource, seed: int) -> dict:
+    "What a folder of folds keeps of its data."
+    names, tr, va, _ = settled_samples(source, seed)
+    return dict(classes=len(names), train=len(tr)+len(va), contents=images_digest(source))
 
 # %% ../../nbs/760_several.folds.ipynb #56581591
 def _share(minutes: float, folds: int, jobs: int) -> float: # in minutes
@@ -109,15 +118,14 @@ def train_folds(
     r, out = settle_run(recipe, src, out, given=given, weights_dir=weights_dir, ending='-folds')
     check_alone([r], processes)
     if whole: r = replace(r, minutes=max(_share(whole - (time.perf_counter() - clock)/60, folds, jobs), .01))
-    names, tr, va, _ = settled_samples(src, r.seed)
-    contents = images_digest(src)
+    facts, out = _facts(src, r.seed), out.resolve() if ray else out # workers have another working directory
     with new_folder(out, 'folder of folds'), one_writer(out):
         r.save(run_file(out, 'recipe'))
         src = src.kept_in(out)
-        facts = dict(classes=len(names), train=len(tr)+len(va), contents=contents)
-        write_env(out, environment(folds=folds, data=facts))
+        how = dict(jobs=jobs, threads=threads, processes=processes)
+        write_env(out, environment(folds=folds, data=facts, minutes=whole, how=how))
         _write_sources(out, src)
-        print(f"{r.name}: {folds} folds of {len(tr)+len(va):,} images in {len(names)} classes, "
+        print(f"{r.name}: {folds} folds of {facts['train']:,} images in {facts['classes']} classes, "
               f"{r.head} head on {r.backbone}{f', {r.minutes:.3g} minutes each' if whole else ''}; folder {out}", flush=True)
         return _go_on(out, r, jobs, threads, processes, ray)
 
@@ -127,9 +135,9 @@ def resume_folds(
     data: str|Path|None = None, # folder of images; where it was when not given
     *,
     minutes: float|None = None, # another budget for what is left
-    jobs: int = 1, # folds side by side, each in its own process
-    threads: int|None = None, # CPU threads of each; the machine's, divided by `jobs`
-    processes: int = 1, # of each fold, which train together and share its threads
+    jobs: int|None = None, # folds side by side, each in its own process; as they began when not given
+    threads: int|None = None, # CPU threads of each; as they began, or the machine's, divided by `jobs`, where that is given
+    processes: int|None = None, # of each fold, which train together and share its threads; as they began
     ray: bool = False, # run on a Ray cluster
     spent: float = 0. # seconds of the minutes that have already gone by, to imports say
 ) -> Several: # as from `train_folds`
@@ -137,6 +145,9 @@ def resume_folds(
     clock, out = time.perf_counter() - spent, Path(out)
     folds = n_folds(out)
     if not folds: raise ValueError(f"{str(out)!r} is no folder of folds")
+    then = {'jobs': 1, 'threads': None, 'processes': 1} | read_env(out).get('how', {})
+    threads = threads or (then['threads'] if jobs in (None, then['jobs']) else None)
+    jobs, processes = then['jobs'] if jobs is None else jobs, then['processes'] if processes is None else processes
     threads = _checked(folds, jobs, threads, processes)
     if read_env(out).get('ended'):
         raise ValueError(f"{str(out)!r} has ended well, all {folds} folds: there is nothing to resume")
@@ -144,20 +155,25 @@ def resume_folds(
         if not run_file(out, what).is_file():
             raise FileNotFoundError(f"{str(out)!r} has no {run_file(out, what).name}: "
                                     "it was stopped before it began, remove it")
+    out = out.resolve() if ray else out
     with one_writer(out):
         r, src = load_recipe(run_file(out, 'recipe')), images_of(out, data)
         clear_leftovers(out)
         left = [j for j in _jobs(out, r) if not j.done]
         check_alone([r], processes)
+        facts = _facts(src, r.seed)
+        if facts != read_env(out)['data']:
+            if len(left) < folds or any(run_file(o, 'state').is_file() for o in out.glob('.fold-*')):
+                raise ValueError(f"the images in {src.path!r} have changed since the folds began: "
+                                 "other names, labels or content")
+            write_env(out, read_env(out) | dict(data=facts))
         if minutes:
             if not r.minutes: raise ValueError(f"the folds in {str(out)!r} were begun for {r.epochs} epochs each: "
                                                "they have no minutes to change")
             left_minutes = minutes - (time.perf_counter() - clock)/60
             r = replace(r, minutes=_given({}, left_minutes, max(1, len(left)), jobs)['minutes'])
             r.save(run_file(out, 'recipe'))
-        if (was := read_env(out)['data'].get('contents')) and len(left) < folds and images_digest(src) != was:
-            raise ValueError(f"the images in {src.path!r} have changed since the folds began: "
-                             "other names, labels or content")
+            write_env(out, read_env(out) | dict(minutes=minutes))
         _write_sources(out, src)
         print(f"{r.name}: folder {out}, {len(left)} of {folds} folds to do", flush=True)
         return _go_on(out, r, jobs, threads, processes, ray)
@@ -166,7 +182,7 @@ def resume_folds(
 def _go_on(out: Path, r: Recipe, jobs: int, threads: int, processes: int, ray: bool) -> Several:
     "Run the folds that are missing, and put all together."
     left, failed = [j for j in _jobs(out, r) if not j.done], {}
-    how = f"mstoolkit train --resume {shlex.quote(str(out))}"
+    how = f"mstoolkit train --resume {shlex.quote(str(out))}{' --ray'*ray}"
     try:
         many: dict = dict(jobs=jobs, processes=processes, ray=ray)
         with closing(run_jobs(left, run_file(out, 'source'), threads, **many)) as ended:
@@ -186,7 +202,8 @@ def _take_back(out: Path, r: Recipe) -> bool: # whether that was so
     "Folds of which none has begun have nothing to keep, and should not take the name."
     jobs = _jobs(out, r)
     if any(j.done for j in jobs) or any(out.glob('.fold-*')): return False
-    for f in (*beginnings(out), *(_source_file(out, k) for k in range(len(jobs)))): f.unlink(missing_ok=True)
+    beside = [f for k, j in enumerate(jobs) for f in (_source_file(out, k), j.log, j.recipe_file)]
+    for f in (*beginnings(out), *beside): f.unlink(missing_ok=True)
     return True
 
 # %% ../../nbs/760_several.folds.ipynb #cf5c3bbe

@@ -22,8 +22,8 @@ from ..core import check_new, choice, counted
 from ..data.sources import DataSource, data_source, image_files
 from ..evaluate.gain import gain_lines, view_gains
 from ..evaluate.stats import accuracy_interval
-from ..models.views import view_sets
-from ..predict import predict_folder, predict_probs, write_predictions
+from ..models.views import check_views, view_sets
+from ..predict import image_names, predict_folder, predict_probs, write_predictions
 from ..recipe import Recipe, load_recipe
 from ..runs import Run, Several, fold_folder, n_folds, read_env, run_file
 from .folds import images_digest, resume_folds, train_folds
@@ -80,7 +80,9 @@ class Expected:
 def expected_accuracy(
     folder: str|Path, # a run folder, one of folds, or a combination
     images: str|Path, # the folder that is predicted
-    views_gain: float = 0. # what views of each image bring on validation images, as a share
+    views_gain: float = 0., # what views of each image bring on validation images, as a share
+    *,
+    device: str = 'auto' # auto, cpu, cuda, cuda:N or mps, for folds, which are asked about the new images
 ) -> Expected:
     "How often a model should be right on these new images, if they are like those that it was validated on."
     folder, files = Path(folder), image_files(images)
@@ -91,7 +93,7 @@ def expected_accuracy(
     low, high = span(.95)
     by_views = f", {100*views_gain:+.1f} for views of each image" if views_gain else ''
     if folds := n_folds(folder):
-        lost, gain = _optimism(folder, folds), _gain(folder, folds, files, right)
+        lost, gain = _optimism(folder, folds), _gain(folder, folds, files, right, device)
         how = (f"{right:.4f} out of fold, {100*lost:.1f} points less for the choice of an epoch, about {100*gain:.1f} "
                f"more for the mean of {folds} folds, by how they disagree on these images{by_views}")
         return _expected(right - lost + gain, low - lost, high + gain, views_gain, how)
@@ -112,13 +114,14 @@ def _optimism(folder: Path, folds: int) -> float:
     runs = [Run(fold_folder(folder, k)) for k in range(folds)]
     monitor = runs[0].recipe.monitor
     sign = -1 if metric_mode(monitor) == 'min' else 1
-    columns = lambda name: [r.history[name].to_numpy() for r in runs]
+    judged = [r.history.dropna(subset=[monitor, 'accuracy']) for r in runs] # under minutes not every epoch is
+    columns = lambda name: [h[name].to_numpy() for h in judged]
     return choice_optimism([sign*o for o in columns(monitor)], columns('accuracy'))
 
-def _gain(folder: Path, folds: int, files: list[Path], accuracy: float, most: int = 400) -> float:
+def _gain(folder: Path, folds: int, files: list[Path], accuracy: float, device: str, most: int = 400) -> float:
     "`averaging_gain` of a folder of folds, from some of the images."
     some = files[::-(-len(files)//most)]
-    each = [predict_probs(Classifier.load(fold_folder(folder, k)), some)[0].numpy() for k in range(folds)]
+    each = [predict_probs(Classifier.load(fold_folder(folder, k)), some, device=device)[0].numpy() for k in range(folds)]
     return averaging_gain(np.stack(each), accuracy) if len(each[0]) else 0.
 
 # %% ../../nbs/780_several.submit.ipynb #c7414ce1
@@ -131,7 +134,7 @@ def submit(
     recipe: Recipe|str|Path|None = None, # of that; 'auto'
     given: dict|None = None, # recipe fields of your own for it; minutes are those of all folds
     weights_dir: str|Path = '', # for 'auto': folder of weights files, for machines without a hub
-    jobs: int = 1, # folds side by side
+    jobs: int|None = None, # folds side by side; 1, or as they began
     spent: float = 0., # seconds that the minutes have already lost, to imports say
     force: bool = False, # replace a file that is there
     tta: str = 'auto', # views of each image: auto (what is better on validation images), or a key of `view_sets`
@@ -139,16 +142,30 @@ def submit(
 ) -> Expected: # what the submission should score
     "Train folds or go on with them, predict with their mean, write the submission, and say what to expect of it."
     out, found = check_new(Path(out), force=force), image_files(images)
-    choice(tta, ('auto', *view_sets), 'tta')
-    made = _trained(folder, out, dict(folds=folds, recipe=recipe, given=given, weights_dir=weights_dir), jobs, spent)
-    tta, gain = _views(made, tta, predict.get('device') or 'auto')
+    device, todo = predict.get('device') or 'auto', dict(folds=folds, recipe=recipe, given=given, weights_dir=weights_dir)
+    _check_first(folder, images, found, tta, predict, todo)
+    made = _trained(folder, out, todo, jobs, spent)
+    tta, gain = _views(made, tta, device)
     df = predict_folder(made, images, tta=tta, **predict)
-    exp = expected_accuracy(made, images, gain)
+    exp = expected_accuracy(made, images, gain, device=device)
     write_predictions(df, out, zip=out.suffix == '.zip', force=force)
     print(f"{counted(len(df), 'prediction')} of {counted(len(found), 'image')} in {out}", flush=True)
     told = f"{exp.accuracy:.3f}, 95 % interval {exp.low:.3f} to {exp.high:.3f} ({exp.how})"
     print(f"accuracy to expect: {told}", flush=True)
     return exp
+
+def _is_trained(folder: str|Path|DataSource) -> bool: # rather than images
+    return not isinstance(folder, DataSource) and run_file(folder, 'env').is_file()
+
+def _check_first(folder, images: str|Path, found: list[Path], tta: str, predict: dict, todo: dict):
+    "Say before hours of training what cannot be predicted or has no effect."
+    choice(tta, ('auto', *view_sets), 'tta')
+    choice(predict.get('on_bad', 'error'), ('error', 'skip'), 'on_bad')
+    image_names(found, Path(images))
+    trained = _is_trained(folder)
+    if tta != 'auto' and (not trained or n_folds(folder)): check_views(tta, mirrored=True, one_size=True) # a mean of folds
+    if trained and (odd := next((k for k, v in todo.items() if v), None)):
+        raise ValueError(f"{str(folder)!r} was trained already, {odd} is for a training: leave it out")
 
 def _views(made: Path, tta: str, device: str) -> tuple[str, float]:
     "The views to average over, what they bring on validation images, as a share, and a word on them."
@@ -176,6 +193,7 @@ def _check_asked(work: Path, source: DataSource, todo: dict):
     pairs['images'] = str(Path(images.path).resolve()), str(Path(source.path).resolve())
     pairs['group'] = images.group, source.group
     pairs['folds'] = n_folds(work), todo['folds'] or n_folds(work)
+    if minutes := (todo['given'] or {}).get('minutes'): pairs['minutes'] = read_env(work).get('minutes', minutes), minutes
     if odd := next((k for k, (a, b) in pairs.items() if a != b), None):
         there, here = pairs[odd]
         raise ValueError(f"{str(work)!r} holds folds of another training, {odd} {there} there and {here} here: give another "
@@ -185,15 +203,15 @@ def _check_asked(work: Path, source: DataSource, todo: dict):
         raise ValueError(f"{str(work)!r} holds folds of other images, labels or classes: give another place "
                          "(out=, --out), or remove that folder")
 
-def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int, spent: float) -> Path:
+def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int|None, spent: float) -> Path:
     "The folder of what was trained; what was stopped goes on, what is missing is done."
-    if isinstance(folder, DataSource) or not run_file(folder, 'env').is_file():
+    if not _is_trained(folder):
         source = data_source(folder)
         if not Path(source.path).is_dir(): raise FileNotFoundError(f"there is no folder {source.path!r}")
         work = out.with_name(f'{out.stem}-folds')
         if not n_folds(work):
             todo = {k: v for k, v in todo.items() if v is not None}
-            return train_folds(todo.pop('recipe', 'auto'), source, work, jobs=jobs, spent=spent, **todo).path
+            return train_folds(todo.pop('recipe', 'auto'), source, work, jobs=jobs or 1, spent=spent, **todo).path
         _check_asked(work, source, todo)
         print(f"what was trained before: {n_folds(work)} folds in {work}", flush=True)
         folder = work

@@ -57,8 +57,8 @@ def _data(run: Run) -> list[str]:
     spread = f', {min(per)} to {max(per)} a class' if per else ''
     counts = f"{counted(d['train'], 'training image')}{spread}" if 'train' in d else 'training images'
     own = 'a folder or list of their own' if s.valid and s.valid != 'none' else 'held out at random'
-    held = f'fold {s.fold} of {s.folds}' if s.folds else own
     r = None if isinstance(run, Several) else run.recipe
+    held = f'fold {s.fold} of {s.folds}' if r and s.folds else f'each held out by one of {s.folds} folds' if s.folds else own
     augment = [f'augmentation: {r.augment}; images of {r.size} px'] if r else []
     return [f"{counts} of {run.preds.label.nunique()} classes, from a folder called {Path(s.path).name!r}",
             f"{counted(len(run.preds), 'validation image')} ({held})", *augment, *map(str, d.get('warnings', []))]
