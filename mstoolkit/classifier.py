@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -211,9 +211,9 @@ def normalised(
     scale, shift = (torch.from_numpy(o).to(x.device).view(1, -1, 1, 1) for o in scale_shift(mean, std))
     return x.permute(0, 3, 1, 2).float()*scale + shift
 
-def _ready(model: nn.Module, x: torch.Tensor, n: int, precision: str, way: tuple|None) -> Callable: # images → logits
+def _ready(model: nn.Module, x: torch.Tensor, n: int, precision: str, way: tuple|None) -> partial: # images → logits
     "A network in evaluation mode, made ready for `n` images such as `x`."
-    if precision == 'exact': return torch.inference_mode()(model.forward)
+    if precision == 'exact': return partial(lambda way, x: torch.inference_mode()(model.forward)(x), None)
     run, note = network_for(model, x, n, precision=precision, way=way)
     if note and precision == 'auto': print(f"arithmetic: {note}", file=sys.stderr, flush=True)
     return run
@@ -294,7 +294,7 @@ class Classifier(NamesImages):
         *,
         precision: str = 'fp32', # see `predict_probs`
         way: tuple|None = None # (precision, layout) that was settled before, in the place of the stopwatch, or one of each of several
-    ) -> Callable: # images → logits; unless exact, a `partial` whose first argument is its way
+    ) -> partial: # images → logits; its first argument is its way, if it is not exact
         "The network made ready to predict many images."
         choice(precision, ('auto', 'exact', *precisions), 'precision')
         model = self.model.eval()
@@ -302,7 +302,7 @@ class Classifier(NamesImages):
         ways = way if way and not isinstance(way[0], str) else [way]*len(model.members)
         each = [_ready(m, o, n, precision, w) for m, o, w in zip(model.members, model.inputs(x), ways)]
         mean = lambda ways, x: model.mean(run(o) for run, o in zip(each, model.inputs(x)))
-        return partial(mean, None if precision == 'exact' else tuple(o.args[0] for o in each))
+        return partial(mean, tuple(o.args[0] for o in each))
 
     def _probs(self, images):
         h, device = self.header, next(self.model.parameters()).device

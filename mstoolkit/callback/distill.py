@@ -8,8 +8,9 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.distill.html.md"""
 __all__ = ['Distill', 'KeepAnswers']
 
 # %% ../../nbs/630_callback.distill.ipynb #83bd9b75
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Distill(Callback):
         choice(memory_format, ('auto', *layouts), 'memory_format')
         # (precision, layout), or one of each of several networks
         self.way: tuple|None = None if 'auto' in (precision, memory_format) else (precision, memory_format)
-        self.network: Callable|None = None
+        self.network: partial|None = None
 
     def before_fit(self):
         "Refuse a teacher of other classes; get it ready."
@@ -118,8 +119,8 @@ class Distill(Callback):
         state: dict # from `state_dict`
     ):
         "Keep to the arithmetic of `state`."
-        plain = lambda o: o if isinstance(o, str) else tuple(map(plain, o))
-        if state['way']: self.way = plain(state['way']) # none where no image was shown to it yet
+        way = state['way'] # none where no image was shown to it yet
+        if way: self.way = tuple(o if isinstance(o, str) else tuple(o) for o in way)
         self.network = None
 
 # %% ../../nbs/630_callback.distill.ipynb #52df1102

@@ -8,7 +8,6 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.fold.html.md"""
 __all__ = ['fold_batchnorms', 'network_for']
 
 # %% ../../nbs/260_models.fold.ipynb #56710119
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from statistics import median
@@ -82,7 +81,7 @@ def network_for(
     *,
     precision: str = 'fp32', # 'auto', 'fp32', 'bf16' or 'fp16'
     way: tuple[str, str]|None = None # (precision, layout) that was settled before, in the place of the stopwatch
-) -> tuple[Callable, str]: # images → output in float32; what was timed and chosen, in words, if anything was
+) -> tuple[partial, str]: # images → output in float32, its first argument the way; what was timed and chosen, in words, if anything was
     "A network made ready to predict many images, as fast as it goes here."
     can = [way] if way else ways(precision, 'auto', x.device)
     if n < 200: return partial(run_in, can[0], model), ''  # what follows takes as long as some images do

@@ -209,7 +209,8 @@ def _trained_on(run: Path) -> set|None: # resolved paths; `None`: nothing is kno
     below = [fold_folder(run, k) for k in range(env.get('folds', 0))] or [Path(o) for o in env.get('runs', [])]
     if below:
         each = [_trained_on(o) for o in below]
-        return None if None in each else set().union(*each)
+        known = [o for o in each if o is not None]
+        return set().union(*known) if len(known) == len(each) else None
     if not run_file(run, 'source').is_file() or not run_file(run, 'recipe').is_file(): return None
     source = DataSource.load(run_file(run, 'source'))
     if not source.tables and not Path(source.path).is_dir(): return None # they have been moved

@@ -205,7 +205,7 @@ def _check_asked(work: Path, source: DataSource, todo: dict):
 
 def _trained(folder: str|Path|DataSource, out: Path, todo: dict, jobs: int|None, spent: float) -> Path:
     "The folder of what was trained; what was stopped goes on, what is missing is done."
-    if not _is_trained(folder):
+    if isinstance(folder, DataSource) or not _is_trained(folder):
         source = data_source(folder)
         if not Path(source.path).is_dir(): raise FileNotFoundError(f"there is no folder {source.path!r}")
         work = out.with_name(f'{out.stem}-folds')
