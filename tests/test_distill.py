@@ -81,6 +81,23 @@ def test_at_its_own_size(dls):
     assert {o.shape[-2:] for o in teacher.model.seen} == {(48, 48)} and kept[0][0].shape[-2:] == (32, 32)
 
 
+def test_a_teacher_of_several_sizes_is_shown_each(dls):
+    a, b = spied(size=32), spied(size=48, mean=(.5, .5, .5), std=(.5, .5, .5))
+    with torch.no_grad(): b.model.fc.weight.mul_(.5)
+    teacher = average_models([a, b])
+    _, kept = fitted(dls, Distill(teacher, 1.))
+    net, (x, pred, loss) = teacher.model.members, kept[0]
+    mean, std = (torch.tensor(o).view(1, 3, 1, 1) for o in get_stats(dls))
+    for m, clf in zip(net, (a, b)):
+        seen = m.seen[0]*torch.tensor(clf.header.std).view(1, 3, 1, 1) + torch.tensor(clf.header.mean).view(1, 3, 1, 1)
+        own = x.as_subclass(torch.Tensor)*std + mean
+        own = F.interpolate(own, seen.shape[-2:], mode='bilinear', antialias=True) if seen.shape != own.shape else own
+        torch.testing.assert_close(seen, own, atol=1e-4, rtol=0)
+    p = sum(F.softmax(m.fc(m.seen[0].mean((2, 3))).detach(), 1) for m in net)/2
+    torch.testing.assert_close(loss.as_subclass(torch.Tensor), (p*(p.log() - F.log_softmax(pred.as_subclass(torch.Tensor), 1))).sum(1).mean(),
+                               atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize('order', [[0, 1, 2], [2, 0, 1]])
 @pytest.mark.parametrize('around', [[], [lambda: BatchMix(1.)], [LogitAdjust], [lambda: BatchMix(1.), LogitAdjust]])
 def test_the_loss_is_the_literal_one(order, around, dls):

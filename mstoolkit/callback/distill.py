@@ -68,32 +68,33 @@ class Distill(Callback):
                              "alone: give a teacher that was trained on the data's classes")
         dev = self.dls.device
         self.columns = torch.tensor([h.classes.index(o) for o in own], device=dev)
-        mean, std, t_mean, t_std = (torch.tensor(o, dtype=torch.float32, device=dev).view(-1, 1, 1)
-                                    for o in (*(self.stats or _stats(self.dls)), h.mean, h.std))
-        if len(h.inputs) > 1:
-            raise ValueError("the teacher's networks take images of several sizes or normalisations: give one whose networks share them")
-        self.scale, self.shift = std/t_std, (mean - t_mean)/t_std
-        self.same_stats = bool((mean == t_mean).all() and (std == t_std).all())
+        per_channel = lambda o: torch.tensor(o, dtype=torch.float32, device=dev).view(-1, 1, 1)
+        mean, std = map(per_channel, self.stats or _stats(self.dls))
+        def change(m: Tensor, s: Tensor) -> tuple|None: # of the learner's normalisation into another
+            return None if (m == mean).all() and (s == std).all() else (std/s, (mean - m)/s)
+        self.forms = [(size, change(per_channel(m), per_channel(s))) for size, m, s in h.inputs] # that the teacher takes
         self.teacher.model.to(dev)
 
     def as_taught(self,
         x: Tensor # (B, C, H, W) images as the learner sees them
-    ) -> Tensor: # (B, C, size, size)
+    ) -> Tensor|tuple: # (B, C, size, size); of networks of several sizes or normalisations, that in each
         "Images as the teacher takes them."
-        size = (self.teacher.header.size,)*2
-        if x.shape[-2:] != size: x = F.interpolate(x, size, mode='bilinear', antialias=True)
-        return x if self.same_stats else x*self.scale + self.shift
+        def one(size: int, change: tuple|None) -> Tensor:
+            o = x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+            return o*change[0] + change[1] if change else o
+        each = tuple(one(*o) for o in self.forms)
+        return each[0] if len(each) == 1 else each
 
     def answers(self,
         x: Tensor # (B, C, H, W) images as the learner sees them
     ) -> Tensor: # (B, classes) probabilities, softened, in the order of the data's classes
         "What the teacher says of images."
-        x = self.as_taught(x)
+        shown = self.as_taught(x)
         if self.network is None:
             to_come = self.n_epoch*len(self.dls.train)*len(x)
-            self.network = self.teacher.network(x, to_come, precision=self.precision, way=self.way)
+            self.network = self.teacher.network(shown, to_come, precision=self.precision, way=self.way)
             self.way = self.network.args[0]
-        return (self.network(x).float()[:, self.columns]/(self.teacher.header.temperature*self.temperature)).softmax(1)
+        return (self.network(shown).float()[:, self.columns]/(self.teacher.header.temperature*self.temperature)).softmax(1)
 
     def before_batch(self):
         "Ask the teacher."
