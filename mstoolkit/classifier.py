@@ -211,10 +211,10 @@ def normalised(
     scale, shift = (torch.from_numpy(o).to(x.device).view(1, -1, 1, 1) for o in scale_shift(mean, std))
     return x.permute(0, 3, 1, 2).float()*scale + shift
 
-def _ready(model: nn.Module, x: torch.Tensor, n: int, precision: str, way: tuple|None) -> partial: # images → logits
+def _ready(model: nn.Module, x: torch.Tensor, n: int, precision: str, way: tuple|None, within: float) -> partial: # images → logits
     "A network in evaluation mode, made ready for `n` images such as `x`."
     if precision == 'exact': return partial(lambda way, x: torch.inference_mode()(model.forward)(x), None)
-    run, note = network_for(model, x, n, precision=precision, way=way)
+    run, note = network_for(model, x, n, precision=precision, way=way, within=within)
     if note and precision == 'auto': print(f"arithmetic: {note}", file=sys.stderr, flush=True)
     return run
 
@@ -293,14 +293,16 @@ class Classifier(NamesImages):
         n: int, # images to come
         *,
         precision: str = 'fp32', # see `predict_probs`
-        way: tuple|None = None # (precision, layout) that was settled before, in the place of the stopwatch, or one of each of several
+        way: tuple|None = None, # (precision, layout) that was settled before, in the place of the stopwatch, or one of each of several
+        within: float = math.inf # seconds that there will be for them, where fewer images may come
     ) -> partial: # images → logits; its first argument is its way, if it is not exact
         "The network made ready to predict many images."
         choice(precision, ('auto', 'exact', *precisions), 'precision')
         model = self.model.eval()
-        if not isinstance(model, Ensemble): return _ready(model, x, n, precision, way)
+        if not isinstance(model, Ensemble): return _ready(model, x, n, precision, way, within)
         ways = way if way and not isinstance(way[0], str) else [way]*len(model.members)
-        each = [_ready(m, o, n, precision, w) for m, o, w in zip(model.members, model.inputs(x), ways)]
+        within /= len(model.members)
+        each = [_ready(m, o, n, precision, w, within) for m, o, w in zip(model.members, model.inputs(x), ways)]
         mean = lambda ways, x: model.mean(run(o) for run, o in zip(each, model.inputs(x)))
         return partial(mean, tuple(o.args[0] for o in each))
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -630,7 +630,9 @@ def backbones(
     n_train, n_classes = facts.n_train, len(facts.per_class)
     from mstoolkit.models.candidates import choice_told, format_backbones, rank_backbones, weights_told
     device, seconds = pick_device(r.device), 60*minutes
-    if recipe == 'auto': r = Recipe.from_dict(size_and_batch(facts, recipe_fields, minutes, device.type == 'cpu'), r)
+    sized = size_and_batch(facts, recipe_fields, minutes, device.type == 'cpu')
+    if recipe == 'auto': r = Recipe.from_dict(sized, r)
+    elif r.bs == 'auto': r = replace(r, bs=sized['bs'])
     print(f"{counted(n_train, 'training image')} of {counted(n_classes, 'class', 'classes')}, {r.size} px, batches of {r.bs}, "
           f"{r.head} head, {device}, {minutes:g} min", flush=True)
     if device.type == 'cpu' and (busy := others_at_work()) >= 1:

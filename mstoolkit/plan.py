@@ -119,6 +119,11 @@ def _probed(passes: float, n_stages: int) -> dict:
     return dict(schedule='fine-tune', lr=2e-3 if passes >= 4 else 5e-4, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
                 frozen_stages=frozen, keep_maps=keep)
 
+def _pools(head: str) -> bool:
+    "Whether all that a head sees of maps are their means; one of a user's own may say that it sees more."
+    kind = heads[head]
+    return hasattr(kind, 'pool') and getattr(kind, 'collapses', True) is not False
+
 def training_fields(
     facts: DataFacts, # the data
     pretrained: bool, # whether the backbone brings weights
@@ -129,7 +134,7 @@ def training_fields(
     "What to train with, by the data, the weights and the length of the training."
     test_size = -1 if facts.side > 64 else 0 # smaller ones are made larger already, and show nothing more
     if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=test_size)
-    elif hasattr(heads[head], 'pool') and not facts.streamed: # whose features are computed once
+    elif _pools(head) and not facts.streamed: # whose features are computed once
         start = _probed(passes, n_stages)
         passes *= _faster[start['frozen_stages']]
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=test_size)
@@ -143,7 +148,10 @@ def _passes(name: str, options: Any, facts: DataFacts, kw: dict, seconds: float)
     "How often a training of all weights would see the data, by the stopwatch."
     options = timm_options(Recipe(timm=options).timm)
     speed = time_backbone(name, len(facts.per_class), rounds=1, n=4, timm_kw=options, **kw)
-    return speed*seconds*(1 - set_aside)/facts.n_train
+    return speed*seconds*(1 - set_aside)/_own(facts)
+
+def _own(facts: DataFacts) -> int: # each of several processes sees its part of the data
+    return max(1, facts.n_train//n_processes())
 
 scratch_backbone = 'resnet10t' # small, and made of nothing that needs long training
 # its channels, the most first: all, three quarters, a half
@@ -168,7 +176,7 @@ def _backbone(facts: DataFacts, given: dict, fields: dict, seconds: float, devic
         raise ValueError("weights_file is one backbone's: name that backbone (--backbone), "
                          "or a folder of weights to choose from (--weights-dir)")
     if name == 'auto' and pretrained:
-        rows = rank_backbones(facts.n_train, len(facts.per_class), seconds=seconds, weights_dir=weights_dir or None, **kw)
+        rows = rank_backbones(_own(facts), len(facts.per_class), seconds=seconds, weights_dir=weights_dir or None, **kw)
         told.append(f'backbone {choice_told(rows, seconds)}')
         if row := take_backbone(rows):
             file = row.weights.where if row.weights.how == 'file' else ''
@@ -201,7 +209,7 @@ kept_share = 4 # of so many passes a teacher answers in one, the others learn fr
 
 def _with_teacher(passes: float, seconds: float, facts: DataFacts, asked: float) -> float: # passes
     "How often a student sees the data when its teacher is asked in some of the passes, `asked` seconds for an image."
-    own = seconds*(1 - set_aside)/passes/facts.n_train # seconds of the student's for an image
+    own = seconds*(1 - set_aside)/passes/_own(facts) # seconds of the student's for an image
     return passes*own/(own + asked/kept_share)
 
 def _sketch(name: str, fields: dict) -> MultiScaleModel:
@@ -235,18 +243,20 @@ def auto_recipe(
     if given.get('teacher') and not given.get('epochs'):
         passes = _with_teacher(passes, 60*minutes, facts, _answer_seconds(given['teacher'], device))
     passes = given.get('epochs') or passes
-    model = _sketch((given | network)['backbone'], fields) if network['pretrained'] else None
-    n_stages = len(stage_splitter(model)) - 1 if model else 1
+    model = _sketch((given | network)['backbone'], fields)
+    n_stages = len(stage_splitter(model)) - 1
     fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages)
+    if model[0].fixed_size: fields.pop('test_size', None)
+    if given.get('probe') is False: fields.pop('freeze_share', None) # which was for features
     if given.get('teacher'):
         fields['balance'] = 'none' # a teacher's answers know no classes that are too rare
         if given.get('minutes') and not given.get('start_size'): fields['keep_answers'] = max(1, round(passes/kept_share))
     all_of = fields | given
     needs_images = any(all_of.get(o) for o in ('cutmix', 'mixup', 'start_size', 'teacher', 'recompute', 'epochs'))
     alone = n_processes() == 1
-    if model and fields.get('keep_maps') and (needs_images or not alone or not can_enter(model, all_of['frozen_stages'])):
+    if fields.get('keep_maps') and (needs_images or not alone or not can_enter(model, all_of['frozen_stages'])):
         fields['keep_maps'] = 0
-    r = Recipe.from_dict(fields | {k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')})
+    r = Recipe.from_dict(fields | {k: v for k, v in given.items() if (k, v) != ('backbone', 'auto')}).check_effect(given)
     first = 'head first, on features computed once, ' if r.probe else ''
     taught = f"the teacher asked in {r.keep_answers} of them, " if r.keep_answers else ''
     grey = ', grey' if facts.grey else ''

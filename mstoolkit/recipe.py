@@ -284,6 +284,8 @@ class Recipe(PlainData):
             raise ValueError(f"recipe fields 'epochs' and 'minutes' are {self.epochs} and {self.minutes:g}: "
                              "give one of them, and 0 for the other")
         if not self.epochs and not self.minutes: raise ValueError("recipe fields 'epochs' and 'minutes' are both 0: give one of them")
+        if self.minutes and self.schedule == 'fine-tune' and not self.freeze_share:
+            raise ValueError("recipe field 'freeze_share' is 0, and schedule fine-tune begins with a frozen phase: give a share above 0")
         if self.keep_maps and not (self.frozen_stages and self.minutes):
             raise ValueError("recipe field 'keep_maps' keeps what frozen stages make while minutes last: "
                              "give 'frozen_stages' and 'minutes' too")

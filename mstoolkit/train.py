@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -42,7 +42,7 @@ from .callback.distributed import Distributed, part_sizes, together
 from .callback.mix import BatchMix
 from .callback.probe import FreezeNorms, FreezeStages, KeepMaps, ProbeHead
 from .callback.progress import TrainProgress
-from .callback.schedule import GrowingSize, LayerDecay, fit_warm_restarts
+from .callback.schedule import GrowingSize, LayerDecay, WholeEpochs, fit_warm_restarts
 from .callback.speed import Arithmetic
 from .callback.track import Track, check_trackers
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
@@ -120,12 +120,15 @@ def recipe_learner(
         cbs.append(Distill(r.teacher, r.soften, precision=check_precision(r.precision, dls.device),
                            memory_format=r.memory_format))
     if r.layer_decay < 1: cbs.append(LayerDecay(r.layer_decay))
-    if r.accumulate > 1: cbs.append(GradientAccumulation(r.accumulate*r.bs))
+    if r.accumulate > 1: cbs.append(WholeEpochs(r.accumulate*r.bs))
     if r.clip: cbs.append(GradientClip(r.clip))
     cbs.append(Arithmetic(check_precision(r.precision, dls.device), r.memory_format, r.compile))
     learn = fusion_learner(dls, r.backbone, head=r.head, pretrained=r.pretrained, weights_file=r.weights_file or None,
                            n_stages=r.n_stages, timm_kw=timm_options(r.timm), loss_func=losses[r.loss](r), opt_func=optimizers[r.opt],
                            wd_bn_bias=True, train_bn=r.train_bn, metrics=accuracy, cbs=cbs, recompute=r.recompute)
+    if r.test_size not in (0, r.size) and learn.model[0].fixed_size:
+        raise ValueError(f"recipe field 'test_size' is {r.test_size}, and {r.backbone} is built for images of one size, {r.size} px: "
+                         "leave it out")
     if r.balance != 'none': balance_learner(learn, r.balance)
     if r.schedule != 'fine-tune': learn.unfreeze()
     return learn
@@ -298,7 +301,8 @@ def choose_bs(
 ) -> Recipe: # with a number for `bs`
     "For `bs` 'auto', the largest batch up to 64 for which there is memory, and which leaves eight steps an epoch."
     if r.bs != 'auto': return r
-    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant', teacher='')
+    sketch = replace(r, bs=2, num_workers=0, pretrained=False, weights_file='', schedule='constant', teacher='',
+                     keep_answers=0)
     dls = recipe_dls(sketch, data, **source)
     most = 2**int(math.log2(min(64, max(8, len(dls.train_ds)//8))))
     learn = recipe_learner(sketch, dls)

@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import DataLoaders
+from fastai.learner import Metric
 from mstoolkit.callback.average import EMA, new_weight
+from mstoolkit.callback.budget import Budget
 from mstoolkit.callback.checkpoint import Checkpoint
 from mstoolkit.callback.progress import RunHistory
-from mstoolkit.callback.schedule import GrowingSize, LayerDecay
+from mstoolkit.callback.schedule import GrowingSize, LayerDecay, WholeEpochs
 from mstoolkit.callback.tracker import KeepBest
 from mstoolkit.data.core import image_dls, input_size, valid_size
 from mstoolkit.learner import fusion_learner
@@ -127,6 +131,69 @@ def test_images_grow_and_validation_does_not(image_folder):
     assert {s for t, s in sizes if not t} == {96} and train == sorted(train) and set(train) == {32, 64, 96} and train[-1] == 96
     assert input_size(dls) == valid_size(dls) == 96
     with pytest.raises(ValueError, match='cannot grow from 128 to 96'): learn.fit(1, 1e-3, cbs=GrowingSize(128))
+
+
+def test_under_a_budget_images_grow_within_an_epoch(image_folder):
+    sizes = []
+    class Sizes(Callback):
+        run_valid = False
+        def before_batch(self): sizes.append(self.x.shape[-1])
+    dls = image_dls(image_folder, size=96, bs=4, num_workers=0, device='cpu')
+    learn = fusion_learner(dls, 'test_resnet', pretrained=False, cbs=Sizes())
+    learn.unfreeze()
+    with quiet(learn): learn.fit(Budget.most, 1e-3, cbs=[Budget(.1, slices=1, seconds_after=0.), GrowingSize(32)])
+    assert sizes == sorted(sizes) and set(sizes) == {32, 64, 96} and sum(s == 96 for s in sizes) > 2 and input_size(dls) == 96
+
+
+def test_sizes_come_back_whatever_ends_the_fit_and_other_data_are_refused(image_folder):
+    class Broken(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    dls = image_dls(image_folder, size=96, bs=4, num_workers=0, device='cpu')
+    learn = fusion_learner(dls, 'test_resnet', pretrained=False)
+    learn.unfreeze()
+    with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(5, 1e-3, cbs=[GrowingSize(32), Broken()])
+    assert input_size(dls) == 96
+    items = [(torch.rand(3, 64, 64), i % 3) for i in range(8)]
+    learn.dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu', num_workers=0)
+    with quiet(learn), pytest.raises(ValueError, match='only the loaders of image_dls'): learn.fit(1, 1e-3, cbs=GrowingSize(32))
+
+
+def test_metrics_that_are_no_numbers_do_not_hurt():
+    class Each(Metric):
+        name = 'each'
+        def reset(self): pass
+        def accumulate(self, learn): pass
+        @property
+        def value(self): return np.arange(3)
+    learn = tiny_learner(cbs=[RunHistory()])
+    learn.metrics = [Each()]
+    with quiet(learn): learn.fit(2, 1e-2, cbs=EMA(monitor='valid_loss'))
+    assert len(learn.recorder.values) == 2
+
+
+def test_layer_decay_leaves_validation_and_kept_schedulers_alone():
+    learn = tiny_learner(cbs=[LayerDecay(.5)])
+    with quiet(learn): learn.validate()
+    kept = ParamScheduler({'lr': lambda pct: .1})
+    learn.add_cb(kept)
+    scheds, seen = kept.scheds, []
+    class Rates(Callback):
+        run_valid = False
+        def before_step(self): seen.append([h['lr'] for h in self.opt.hypers])
+    with quiet(learn):
+        for _ in range(2): learn.fit(1, 1e-2, cbs=Rates())
+    assert kept.scheds is scheds and all(o == pytest.approx([.05, .1]) for o in seen)
+
+
+def test_an_epoch_ends_with_a_step(tmp_path):
+    steps = []
+    class Steps(Callback):
+        run_valid = False
+        def after_step(self): steps.append((self.epoch, self.iter))
+    learn = tiny_learner()
+    n, bs = len(learn.dls.train), learn.dls.train.bs
+    with quiet(learn): learn.fit(2, 1e-2, cbs=[WholeEpochs((n//2+1)*bs), Steps()])
+    assert steps == [(e, i) for e in (0, 1) for i in (n//2, n-1)]
 
 
 @pytest.mark.parametrize('make, text', [(lambda: EMA(0), 'lag is 0'), (lambda: EMA(decay=1), 'decay is 1'), (lambda: LayerDecay(1.5), 'decay is 1.5'),

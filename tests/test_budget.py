@@ -151,6 +151,33 @@ def test_resumed_it_has_what_is_left(clock, tmp_path, at):
     assert [o['epoch'] for o in rows] == list(range(1, len(rows)+1)) and keep.best == max(o['accuracy'] for o in rows if o['accuracy'] is not None)
 
 
+def test_resumed_in_the_second_phase_its_schedule_goes_on_where_it_was(clock, tmp_path):
+    class Progress(Callback):
+        order, run_valid = 1000, False
+        def __init__(self): self.seen = []
+        def after_pred(self): self.seen.append(self.learn.pct_train)
+    before, after = Progress(), Progress()
+    with pytest.raises(Killed): run(tmp_path, clock, before, KillAt(60))
+    run(tmp_path, clock, after, resume=True)
+    # after the end of an epoch that the kill undid, not before it
+    assert .1 < before.seen[-1] < .6 and 0 < after.seen[0] <= before.seen[-1] + .03
+    assert after.seen == sorted(after.seen) and after.seen[-1] > .95
+
+
+def test_a_validation_that_has_used_up_the_time_is_the_last(clock):
+    budget, work = Budget(1, seconds_after=0.), Work(clock, step=.5, valid=12.)
+    learn = fit(tiny_learner(cbs=[RunHistory()]), budget, work)
+    assert len(learn.run_history.rows) == 1, learn.run_history.rows
+
+
+def test_a_frozen_fit_may_have_it_all(clock):
+    for frozen, low, high in ((.1, 0, 12), (0., 55, 62)):
+        learn, start = tiny_learner(), clock.now
+        learn.freeze()
+        fit(learn, Budget(1, frozen=frozen, seconds_after=0.), Work(clock, valid=.01))
+        assert low < clock.now - start < high
+
+
 def test_a_larger_budget_plans_the_rest_anew(clock, tmp_path):
     with pytest.raises(Killed): run(tmp_path, clock, KillAt(100))
     learn, _, budget = run(tmp_path, clock, minutes=4., resume=True)

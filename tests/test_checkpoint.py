@@ -305,6 +305,14 @@ def test_early_stop_channels_last_and_sgd(recipe, image_folder, tmp_path):
     assert_same_runs(resume_run(tmp_path/'b'), whole)
 
 
+@pytest.mark.parametrize('schedule', ['constant', 'fine-tune'])
+def test_batches_whose_gradients_make_one_step(schedule, recipe, image_folder, tmp_path):
+    r = recipe(schedule=schedule, accumulate=2) # of three batches in an epoch
+    whole = train(r, image_folder, tmp_path/'a')
+    with pytest.raises(Killed): train(r, image_folder, tmp_path/'b', cbs=[KillAt(*((2, 1) if schedule == 'fine-tune' else (1, 2)))])
+    assert_same_runs(resume_run(tmp_path/'b'), whole)
+
+
 @pytest.mark.parametrize('way', [('fp32', 'channels-last'), ('bf16', 'contiguous'), ('bf16', 'channels-last')])
 def test_the_measured_arithmetic_is_kept(way, recipe, image_folder, tmp_path, monkeypatch):
     r = recipe(memory_format='auto', precision='auto')

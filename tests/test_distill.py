@@ -1,5 +1,7 @@
 "Distillation: the teacher sees what its header says, the loss is the literal one, a stopped run has the same teacher."
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from mstoolkit.callback.balance import LogitAdjust
+from mstoolkit.callback.budget import Budget
 from mstoolkit.callback.distill import Distill, KeepAnswers
 from mstoolkit.callback.mix import BatchMix
 from mstoolkit.classifier import Classifier, ModelHeader, average_models, change_header, model_digest
@@ -19,7 +22,7 @@ from mstoolkit.data.core import get_stats, image_dls, set_stats
 from mstoolkit.learner import fusion_learner
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.recipe import Recipe, load_recipe, recipes
-from mstoolkit.train import recipe_learner, resume_run, train
+from mstoolkit.train import choose_bs, recipe_learner, resume_run, train
 from safetensors.torch import load_file
 from tests.conftest import TINY
 from torch import nn
@@ -139,6 +142,22 @@ def test_answers_are_kept_where_that_is_possible(dls, monkeypatch):
     with pytest.raises(ValueError, match='keep is 0'): KeepAnswers(0)
     for kw in dict(teacher='x'), dict(minutes=1., epochs=0), dict(teacher='x', minutes=1., epochs=0, start_size=64):
         with pytest.raises(ValueError, match="'keep_answers' keeps what a teacher says"): Recipe(keep_answers=1, **kw)
+
+
+def test_batches_that_memory_decides_on(teacher, image_folder):
+    r = Recipe(backbone='test_resnet', pretrained=False, size=32, minutes=1., epochs=0, bs='auto', schedule='one-cycle', num_workers=0, device='cpu',
+               teacher=str(teacher), keep_answers=1)
+    assert choose_bs(r, image_folder).bs >= 2
+
+
+def test_a_short_budget_compiles_no_teacher(dls, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Classifier, 'network', lambda self, x, n, **kw: asked.append(kw['within']) or partial(lambda way, x: self.model(x), None))
+    fitted(dls, Distill(spied()))
+    torch.manual_seed(1)
+    learn = fusion_learner(dls, 'test_resnet', pretrained=False, head='plain')
+    with learn.no_bar(), learn.no_logging(): learn.fit(Budget.most, 1e-3, cbs=[Distill(spied()), Budget(.05)])
+    assert asked[0] == math.inf and 0 < asked[1] < 1.5
 
 
 def test_a_budget_keeps_answers(teacher, image_folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 "A recipe made for data, machine and time: what is given stays, what is chosen is written down, mistakes are one line."
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from mstoolkit.cli import main
 from mstoolkit.core import process_age
 from mstoolkit.data.sources import DataSource
 from mstoolkit.models.candidates import Ranked, Weights, candidates
+from mstoolkit.models.fusion import PyramidHead, heads
 from mstoolkit.plan import DataFacts, auto_recipe, data_facts, training_fields
 from mstoolkit.recipe import Recipe, load_recipe
+from mstoolkit.train import recipe_dls, recipe_learner
 from PIL import Image
 
 small = ['--backbone', 'test_resnet', '--no-pretrained', '--size', '32', '--num-workers', '0', '--device', 'cpu']
@@ -79,6 +82,34 @@ def test_a_teacher_is_asked_in_some_of_the_passes(ranked, image_folder, monkeypa
     assert (alone.keep_answers, taught.keep_answers, taught.keep_maps, taught.balance) == (0, 2, 0, 'none')
     assert 'time for 10 passes' in told[-1] and 'the teacher asked in 2 of them' in told[-1]
     assert auto_recipe(image_folder, epochs=5, teacher='t')[0].keep_answers == 0
+
+
+def test_what_has_no_effect_is_refused_and_other_heads_are_not_probed(ranked, image_folder, monkeypatch):
+    ranked(('tf_efficientnet_lite0.in1k', 20., Weights('file', 'w.pth')))
+    for given in dict(soften=3.), dict(freeze_epochs=3), dict(mixup_alpha=.3), dict(plateau_factor=.5):
+        with pytest.raises(ValueError, match='has no effect here'): auto_recipe(image_folder, minutes=5, **given)
+    plain, _ = auto_recipe(image_folder, minutes=5, probe=False)
+    assert not plain.probe and plain.freeze_share == .1
+    class Relu(PyramidHead): collapses = False
+    monkeypatch.setitem(heads, 'relu', Relu)
+    assert not auto_recipe(image_folder, minutes=5, head='relu')[0].probe and auto_recipe(image_folder, minutes=5, head='pyramid')[0].probe
+
+
+def test_several_processes_share_the_data(image_folder, monkeypatch):
+    monkeypatch.setattr(plan, 'time_backbone', lambda *a, **kw: 40.)
+    said = lambda: auto_recipe(image_folder, minutes=.2, backbone='resnet18', pretrained=False)[1][-1]
+    one = said()
+    monkeypatch.setattr(plan, 'n_processes', lambda: 2)
+    passes = [float(o.split('time for ')[1].split(' ')[0]) for o in (one, said())]
+    assert passes[1] == pytest.approx(2*passes[0], rel=.1)
+
+
+def test_networks_of_one_size_are_predicted_at_it(image_folder, monkeypatch):
+    monkeypatch.setattr(plan, 'time_backbone', lambda *a, **kw: 40.)
+    r, _ = auto_recipe(image_folder, minutes=5, backbone='test_vit', pretrained=False, size=96)
+    assert r.test_size == 0
+    with pytest.raises(ValueError, match="'test_size' is -1, and test_vit is built for images of one size, 96 px"):
+        recipe_learner(replace(r, test_size=-1, num_workers=0), recipe_dls(replace(r, num_workers=0), image_folder))
 
 
 def test_takes_the_best_that_is_at_hand(ranked, image_folder):

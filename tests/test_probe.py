@@ -14,7 +14,7 @@ from mstoolkit.models.split import StageEntry, can_enter
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import resume_run, train
 from test_checkpoint import KillAt, Killed
-from tiny import quiet
+from tiny import quiet, tiny_learner
 
 
 @pytest.fixture
@@ -193,6 +193,8 @@ def test_maps_and_what_needs_images(dls):
     learn.unfreeze()
     with quiet(learn), pytest.raises(ValueError, match='all of them learn: add FreezeStages'): learn.fit(1, cbs=KeepMaps())
     with quiet(learn), pytest.raises(ValueError, match='no images for BatchMix'): learn.fit(1, cbs=[FreezeStages(2), KeepMaps(), BatchMix()])
+    other = tiny_learner()
+    with quiet(other), pytest.raises(ValueError, match='KeepMaps needs a multiscale_model, not Sequential'): other.fit(1, cbs=KeepMaps())
     with pytest.raises(ValueError, match='keep is -1'): KeepMaps(-1)
     vit = multiscale_model('test_vit', 'gated', 3, pretrained=False, img_size=64)
     assert not can_enter(vit, 1)
@@ -218,3 +220,18 @@ def test_a_training_on_maps_under_a_budget_ends_and_resumes(image_folder, tmp_pa
     with pytest.raises(Killed): train(longer, image_folder, tmp_path/'k', cbs=[KillAt(2, 0)])
     again = resume_run(tmp_path/'k')
     assert again.run_history.rows[-1]['phase'] == 'unfrozen'
+
+
+def test_a_budget_bounds_the_head_and_leaves_time_for_the_validation(image_folder, monkeypatch):
+    dls = image_dls(image_folder, size=32, bs=8, augment='none', num_workers=0, device='cpu')
+    learn = fusion_learner(dls, 'test_resnet', pretrained=False)
+    probe = ProbeHead(passes=1000)
+    learn.add_cb(probe)
+    f, y = torch.randn(64, sum(learn.model[0].channels)), torch.randint(0, 3, (64,))
+    channels = [o.shape[1] for o in learn.model[1].pool([f.new_zeros(1, c, 1, 1) for c in learn.model[0].channels])]
+    f = f[:, :sum(channels)]
+    now = probe_module.perf_counter
+    few = probe._affordable(learn.model[1].train(), f, y, channels, now() + .05)
+    assert 1 <= few < 1000 and probe._affordable(learn.model[1], f, y, channels, None) == 1000
+    assert probe._affordable(learn.model[1], f, y, channels, now() - 1) == 1
+    assert all(p.grad is None for p in learn.model[1].parameters())

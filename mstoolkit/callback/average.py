@@ -97,10 +97,12 @@ class EMA(Callback):
         if not self.swapped or not self.recorder._valid_mets: return
         if self.found is None: return
         names, average = [m.name for m in self.recorder._valid_mets], self._values()
-        value = lambda of: dict(zip(names, map(float, of)))
-        raw, averaged = value(self.found), value(average)
         loss = next((n for n in names if n.endswith('loss')), names[0])
         on = next((n for n in names if n in (self.monitor, self.monitor.removeprefix('valid_'))), loss)
+        # of the others some may be no numbers
+        value = lambda of: {n: v if v is None else float(v) for n, v in zip(names, of) if n in (on, loss)}
+        raw, averaged = value(self.found), value(average)
+        if None in (*raw.values(), *averaged.values()): return # without validation images nothing tells them apart
         better = improves(averaged[on], raw[on], mode=self.mode, loss=averaged[loss], best_loss=raw[loss], tie=0.)
         if from_first(better or averaged == raw): return
         self.recorder.log[-len(self.found):] = self.found

@@ -47,7 +47,7 @@ class Budget(AttachedCallback):
         minutes: float, # in all, from `spent` seconds ago to the end of what comes after the training
         *,
         spent: float = 0., # seconds of them that have gone by
-        frozen: float = .1, # share of the training time for a frozen phase, where there is one: `fine_tune`'s first
+        frozen: float = .1, # share of the training time for a fit of the head alone, `fine_tune`'s first; 0: it is one like any
         slices: int = 25, # validations at the most
         passes_after: float = 0., # validations' worth of work to come after the training
         seconds_after: float = 1. # further work after it
@@ -116,7 +116,7 @@ class Budget(AttachedCallback):
         if not self.run: return
         self.began = from_first(self.began)
         self.tick()
-        first = self.frozen and body_is_frozen(self.learn)
+        first = self.frozen > 0 and body_is_frozen(self.learn)
         self.lo, self.hi = (0., self.frozen) if first else (self.thawed, 1.)
         self.first = bool(first)
         self.ended, self.most_progress = False, 0.
@@ -164,7 +164,8 @@ class Budget(AttachedCallback):
         self.tick()
         self.most_progress = max(self.most_progress, self.progress())
         self.learn.pct_train = self.most_progress
-        self.timed = self._clock(), self.x.shape[-1]*self.x.shape[-2]*len(self.x) if self.x.ndim == 4 else len(self.x)
+        x = self.learn.xb[0]
+        self.timed = self._clock(), x.shape[-1]*x.shape[-2]*len(x) if x.ndim == 4 else len(x)
 
     def after_batch(self):
         "Measure the pace; the first batch of all, which also pays for starting up, does not count."
@@ -200,6 +201,7 @@ class Budget(AttachedCallback):
         # without folded norms and a few images at a time it takes longer than features, and loaders have to start
         if self.first and self.image_seconds: took = min(took, 1 + 3.5*self.image_seconds*len(self.dls.valid_ds))
         self.validation, self.pace_then = took*(self._validated if once else 1), self.pace
+        if self.hi == 1 and self._fit_left() <= 0: self.ended = True # another slice would want another validation
 
     def after_fit(self):
         "Let the loader go; what a frozen phase has not used is the next one's."
@@ -238,4 +240,5 @@ class Budget(AttachedCallback):
             if k != 'used': setattr(self, k, v)
         self.began -= state['used']
         self.most_progress = 0.
+        if self.hi == 1: self.lo = self.thawed # which was not known when the fit began
         if self.ended and self.hi == 1: self.ended = self._fit_left() < self._validation_seconds()

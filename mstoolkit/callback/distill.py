@@ -8,6 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.distill.html.md"""
 __all__ = ['Distill', 'KeepAnswers']
 
 # %% ../../nbs/630_callback.distill.ipynb #83bd9b75
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -91,8 +92,9 @@ class Distill(Callback):
         "What the teacher says of images."
         shown = self.as_taught(x)
         if self.network is None:
-            to_come = self.n_epoch*len(self.dls.train)*len(x)
-            self.network = self.teacher.network(shown, to_come, precision=self.precision, way=self.way)
+            to_come, budget = self.n_epoch*len(self.dls.train)*len(x), getattr(self.learn, 'budget', None)
+            within = budget.left/2 if budget else math.inf # the student takes its time, too
+            self.network = self.teacher.network(shown, to_come, precision=self.precision, way=self.way, within=within)
             self.way = self.network.args[0]
         return (self.network(shown).float()[:, self.columns]/(self.teacher.header.temperature*self.temperature)).softmax(1)
 
@@ -204,7 +206,8 @@ class KeepAnswers(Callback):
         "See a batch as the teacher did."
         if self.now: return
         if self.room is None: # bytes of a pass in 16 bits
-            free, size = free_memory(), 2*len(self.learn.dls.train_ds)*self.x[0].numel()
+            kinds = 2 if self.mix else 1 # mixed images, and whole ones
+            free, size = free_memory(), kinds*2*len(self.learn.dls.train_ds)*self.x[0].numel()
             self.room = self.keep if free is None else min(self.keep, int(self.memory*free/size))
         if len(self.kept[self._mixing()]) >= self.room: return
         plain = lambda o: o.detach().as_subclass(Tensor).cpu()

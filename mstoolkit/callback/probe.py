@@ -8,6 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/callback.probe.html.md"""
 __all__ = ['can_probe', 'ProbeHead', 'FreezeStages', 'KeepMaps', 'FreezeNorms']
 
 # %% ../../nbs/385_callback.probe.ipynb #321fa198
+import math
 from collections.abc import Iterator
 from time import perf_counter
 
@@ -63,9 +64,10 @@ class ProbeHead(Callback):
         "Take the place of the epoch's training."
         budget = getattr(self.learn, 'budget', None)
         start = perf_counter()
-        feats, labels, at = self.features(start + budget.stop_at - budget.tick() if budget else None)
+        stop_at = start + budget.stop_at - budget.tick() if budget else None
+        feats, labels, at = self.features(stop_at)
         if budget: budget.image_seconds = from_first((perf_counter() - start)/len(feats))
-        loss = self._train(feats, labels, at)
+        loss = self._train(feats, labels, at, stop_at)
         as_first(self.model[1].parameters()) # each process has drawn its own dropout
         self.learn.loss = self.learn.loss_grad = self.learn.smooth_loss = loss
         recorder = getattr(self.learn, 'recorder', None)
@@ -79,14 +81,18 @@ class ProbeHead(Callback):
         items = self.dls.train_ds.items
         order = from_first(torch.randperm(len(items)).tolist())[process_rank()::n_processes()]
         dl = self.dls.test_dl([items[i] for i in order], with_labels=True, bs=self.bs)
-        model, feats, labels, run = _Pooled(self.model).eval(), [], [], None
+        model, feats, labels, run, start = _Pooled(self.model).eval(), [], [], None, perf_counter()
+        budget, seen = getattr(self.learn, 'budget', None), 0
+        left, within = budget.left if budget else math.inf, math.inf if stop_at is None else stop_at - start
         precision = self.learn.arithmetic.asked[0] if hasattr(self.learn, 'arithmetic') else 'fp32'
         for x, y, *_ in track(dl, 'features', total=len(dl)):
             x = x.as_subclass(torch.Tensor)
-            if run is None: run, _ = network_for(model, x, len(items), precision=precision)
+            if run is None: run, _ = network_for(model, x, len(items), precision=precision, within=within)
             feats.append(run(x).clone())
             labels.append(y.as_subclass(torch.Tensor))
-            if stop_at is not None and perf_counter() > stop_at: break
+            seen, spent = seen + len(x), perf_counter() - start
+            # a quarter is the head's; and a validation follows, in plain arithmetic
+            if spent > min(.75*within, left - 3.5*spent/seen*len(self.dls.valid_ds)): break
         f, y = torch.cat(feats), torch.cat(labels)
         order = order[:len(f)]
         if n_processes() > 1: # what the others have computed
@@ -102,16 +108,30 @@ class ProbeHead(Callback):
         # a last one of a single image has no statistics
         yield from (o for o in torch.tensor(rows).split(self.bs) if len(o) > 1)
 
-    def _train(self, feats, labels, at) -> torch.Tensor: # the last loss
+    def _affordable(self, head, feats, labels, channels, stop_at: float|None) -> int: # passes
+        "How many passes there is time for; one in any case."
+        if stop_at is None: return self.passes
+        def step() -> float:
+            start = perf_counter()
+            x = [o[..., None, None] for o in feats[:self.bs].split(channels, 1)]
+            with torch.random.fork_rng(): self.loss_func(head(x), labels[:self.bs]).backward()
+            head.zero_grad()
+            if feats.is_cuda: torch.cuda.synchronize()
+            return perf_counter() - start
+        took = min(step() for _ in range(3))*1.5 # and the optimizer's part
+        return from_first(max(1, min(self.passes, int((stop_at - perf_counter())/(took*-(-len(feats)//self.bs))))))
+
+    def _train(self, feats, labels, at, stop_at: float|None) -> torch.Tensor: # the last loss
         head = self.model[1].train()
         maps = [feats.new_zeros(1, c, 1, 1) for c in self.model[0].channels]
         channels = [o.shape[1] for o in head.pool(maps)]
         opt = torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=self.wd)
-        steps = self.passes*-(-len(feats)//self.bs)
+        passes = self._affordable(head, feats, labels, channels, stop_at)
+        steps = passes*-(-len(feats)//self.bs)
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=steps+1, pct_start=.2)
         shift = getattr(getattr(self.learn, 'logit_adjust', None), 'shift', 0.)
         done = 0
-        for _ in range(self.passes):
+        for _ in range(passes):
             for rows in self._batches(at):
                 x = [o[..., None, None] for o in feats[rows].split(channels, 1)]
                 loss = self.loss_func(head(x) + shift, labels[rows])
@@ -154,6 +174,8 @@ class KeepMaps(Callback):
     def before_fit(self):
         "Begin without maps: other stages may have learned."
         self.run = is_lasting_fit(self.learn) and not body_is_frozen(self.learn)
+        if self.run and not isinstance(get_model(self.model), MultiScaleModel):
+            raise ValueError(f"KeepMaps needs a multiscale_model, not {type(get_model(self.model)).__name__}: leave it out")
         self.views, self.turns, self.room, self.begin_at, self.front = [], [], self.keep, None, None
 
     def before_train(self):
@@ -173,7 +195,9 @@ class KeepMaps(Callback):
         model = get_model(self.model)
         self.begin_at = model.entry = entry = StageEntry(model, self.n, x)
         precision = self.learn.arithmetic.asked[0] if hasattr(self.learn, 'arithmetic') else 'fp32'
-        self.front, _ = network_for(entry.front(model).eval(), x, n, precision=precision)
+        budget = getattr(self.learn, 'budget', None)
+        within = budget.left/2 if budget else math.inf # what learns takes its time, too
+        self.front, _ = network_for(entry.front(model).eval(), x, n, precision=precision, within=within)
         size = 2*n*entry.channels*entry.shape[1]*entry.shape[2] # bytes of a pass in 16 bits
         free = free_memory()
         if free is not None: self.room = min(self.keep, int(self.memory*free/size))

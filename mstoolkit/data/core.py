@@ -490,9 +490,10 @@ def set_size(
     size: int # side of the square images, in pixels
 ):
     "Let a loader yield images of another size from its next pass on."
-    split = dl.dataset.split_idx # of the two pipelines of the data, its own
-    for t in _augments(dl):
-        if t.split_idx == split: t.resize(size)
+    split = getattr(getattr(dl, 'dataset', None), 'split_idx', None) # of the two pipelines of the data, its own
+    own = [t for t in _augments(dl) if t.split_idx == split] if split is not None else []
+    if not own: raise ValueError("only the loaders of image_dls can be asked for images of another size")
+    for t in own: t.resize(size)
 
 # %% ../../nbs/170_data.core.ipynb #eeef7a69
 def valid_size(

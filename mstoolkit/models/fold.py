@@ -8,6 +8,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/models.fold.html.md"""
 __all__ = ['fold_batchnorms', 'network_for']
 
 # %% ../../nbs/260_models.fold.ipynb #56710119
+import math
 from copy import deepcopy
 from functools import partial
 from statistics import median
@@ -80,7 +81,8 @@ def network_for(
     n: int, # images to come
     *,
     precision: str = 'fp32', # 'auto', 'fp32', 'bf16' or 'fp16'
-    way: tuple[str, str]|None = None # (precision, layout) that was settled before, in the place of the stopwatch
+    way: tuple[str, str]|None = None, # (precision, layout) that was settled before, in the place of the stopwatch
+    within: float = math.inf # seconds that there will be for them, where fewer images may come
 ) -> tuple[partial, str]: # images → output in float32, its first argument the way; what was timed and chosen, in words, if anything was
     "A network made ready to predict many images, as fast as it goes here."
     can = [way] if way else ways(precision, 'auto', x.device)
@@ -93,5 +95,5 @@ def network_for(
     model = model.to(memory_format=layouts[way[1]])
     if not took: return partial(run_in, way, model), ''
     said = ''
-    if precision == 'auto': model, said = compiled_to_predict(model, x, way, n/len(few)*median(took[way]))
+    if precision == 'auto': model, said = compiled_to_predict(model, x, way, min(within, n/len(few)*median(took[way])))
     return partial(run_in, way, model), '; '.join(filter(None, [told(way, took, f'{len(few)} images'), said]))
