@@ -109,6 +109,11 @@ class ModelHeader:
         each = self.members or [dict(size=self.size, mean=self.mean, std=self.std)]
         return list(dict.fromkeys((m['size'], tuple(m['mean']), tuple(m['std'])) for m in each))
 
+    @property
+    def sizes(self) -> list[int]: # pixels
+        "The sides of those, each once."
+        return list(dict.fromkeys(size for size, *_ in self.inputs))
+
     def to_dict(self) -> dict: # plain values
         "What the file keeps: what is said of it, so that older versions read a file which says nothing new."
         said = {f.name for f in fields(self) if f.name in _first or getattr(self, f.name) != f.default}
@@ -308,7 +313,7 @@ class Classifier(NamesImages):
 
     def _probs(self, images):
         h, device = self.header, next(self.model.parameters()).device
-        sizes = list(dict.fromkeys(s for s, *_ in h.inputs))
+        sizes = h.sizes
         on = [torch.from_numpy(o).to(device) for o in Runner.batch([pixels_of(im, sizes) for im in images])]
         xs = tuple(normalised(on[sizes.index(s)], mean, std) for s, mean, std in h.inputs)
         model = self.model.eval()

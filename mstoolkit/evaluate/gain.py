@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from ..classifier import Classifier
 from ..core import choice
 from ..data.sources import images_named
-from .stats import accuracy_interval, holm, mcnemar, paired_interval
+from .stats import accuracy_interval, holm, log_loss, mcnemar, paired_interval
 from ..models.views import allowed_views, check_views, view_sets
 from ..predict import predict_views, takes_one_size
 from ..runs import Run, Several, fold_folder, n_folds
@@ -49,7 +49,7 @@ def _row(name: str, p: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> dic
     diff, diff_low, diff_high = paired_interval(hit, plain)
     m = mcnemar(hit, plain)
     return dict(views=name, times=len(view_sets[name]), images=len(y), accuracy=hit.mean(), low=low, high=high,
-                log_loss=float(-p[range(len(y)), y].clamp(min=1e-12).log().mean()),
+                log_loss=log_loss(p.numpy(), y.numpy()),
                 diff=diff, diff_low=diff_low, diff_high=diff_high, won=m.won, lost=m.lost, p=m.p)
 
 # %% ../../nbs/725_evaluate.gain.ipynb #f9cdb0a9

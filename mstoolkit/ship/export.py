@@ -51,7 +51,7 @@ class ShippedNetwork(nn.Module):
         super().__init__()
         h = clf.header
         self.net, self.header, self.maps, self.temperature = clf.model, h, maps, h.temperature
-        self.sizes = list(dict.fromkeys(s for s, *_ in h.inputs)) # of each input
+        self.sizes = h.sizes # of each input
         self.reads = [self.sizes.index(s) for s, *_ in h.inputs]
         for i, (_, mean, std) in enumerate(h.inputs):
             for name, v in zip(('scale', 'shift'), scale_shift(mean, std)):
