@@ -93,7 +93,8 @@ class Distill(Callback):
         shown = self.as_taught(x)
         if self.network is None:
             to_come, budget = self.n_epoch*len(self.dls.train)*len(x), getattr(self.learn, 'budget', None)
-            within = budget.left/2 if budget else math.inf # the student takes its time, too
+            # the student takes its time, too, and more of it where answers are kept
+            within = budget.left/(4 if hasattr(self.learn, 'keep_answers') else 2) if budget else math.inf
             self.network = self.teacher.network(shown, to_come, precision=self.precision, way=self.way, within=within)
             self.way = self.network.args[0]
         return (self.network(shown).float()[:, self.columns]/(self.teacher.header.temperature*self.temperature)).softmax(1)
