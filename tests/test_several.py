@@ -580,6 +580,27 @@ def test_epochs_that_were_not_validated_have_no_score(three_folds, image_folder,
     assert 0 < e.low < e.accuracy and 'nan' not in e.how
 
 
+def test_a_validation_folder_that_says_something_else_has_the_word(three_folds, image_folder, tmp_path, monkeypatch):
+    "Here the labels of the validation folder are wrong, as if its images came from elsewhere."
+    data, test = tmp_path/'data', image_folder/'test'
+    shutil.copytree(image_folder, data)
+    shutil.copytree(three_folds, tmp_path/'f')
+    DataSource(data, folds=3).save(tmp_path/'f'/'data.toml')
+    plain = expected_accuracy(tmp_path/'f', test, device='cpu')
+    rng = np.random.default_rng(5)
+    for c, colour in zip(CLASSES, COLOURS[1:]+COLOURS[:1]):
+        shutil.rmtree(data/'val'/c)
+        write_images(data/'val'/c, 20, colour, rng)
+    e = expected_accuracy(tmp_path/'f', test, device='cpu')
+    clf = Classifier.load(tmp_path/'f')
+    files = sorted((data/'val').rglob('*.png'))
+    own = [clf.header.classes[i] == f.parent.name for f, i in zip(files, predict_probs(clf, files, device='cpu')[0].argmax(1).tolist())]
+    assert 'validation folder' not in plain.how and 'which no fold was trained on; out of fold it is' in e.how
+    assert e.accuracy == pytest.approx(np.mean(own)) and e.low <= e.accuracy <= e.high and e.accuracy < plain.accuracy - .2
+    monkeypatch.setattr(submit_module, 'least_valid', 99)
+    assert expected_accuracy(tmp_path/'f', test, device='cpu') == plain
+
+
 def test_what_cannot_be_submitted_is_said_before_the_training(three_folds, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(submit_module, 'train_folds', lambda *a, **kw: pytest.fail('trained'))
     out, test = tmp_path/'p.csv', image_folder/'test'
