@@ -123,7 +123,7 @@ def study_jobs(
 
 # %% ../nbs/740_ablation.ipynb #333762d4
 def _minutes(recipe: Recipe, part: Path) -> float|None:
-    "The budget of a run that goes on: what its recipe says, and on top, where that is another than it began with, what it has used."
+    "The minutes of a run that goes on: its recipe's, and, where it began with others, what it has used on top."
     if not recipe.minutes: return None
     same = load_recipe(run_file(part, 'recipe')).minutes == recipe.minutes
     return recipe.minutes + (0 if same else read_history(part).seconds.sum()/60)

@@ -155,7 +155,8 @@ def _model_file(path) -> Path:
     if not file.is_file():
         lacks = [str(k) for k in range(n_folds(path)) if not fold_folder(path, k).is_dir()] if path.is_dir() else []
         how = f"mstoolkit train --resume {shlex.quote(str(path))}"
-        why = f": fold {', '.join(lacks)} is missing, to go on: {how}" if lacks else ''
+        some = f"folds {', '.join(lacks)} are" if len(lacks) > 1 else f'fold {lacks[0]} is' if lacks else ''
+        why = f": {some} missing, to go on: {how}" if lacks else ''
         raise FileNotFoundError(f"there is no model file {str(file)!r}{why}")
     return file
 

@@ -61,8 +61,8 @@ def predict_views(
 def takes_one_size(
     clf: Classifier # a model
 ) -> bool:
-    "Whether a network is built for images of one size, as ViT and Swin are, or there are several, each with a size of its own."
-    return bool(clf.header.members) or any(getattr(m, 'fixed_size', False) for m in clf.model.modules())
+    "Whether a network is built for images of one size, as ViT and Swin are, or there are several that take other sizes."
+    return len(clf.header.inputs) > 1 or any(getattr(m, 'fixed_size', False) for m in clf.model.modules())
 
 # %% ../nbs/720_predict.ipynb #9cd9b984
 def predict_probs(

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -271,6 +272,9 @@ class Run:
         object.__setattr__(self, 'path', Path(self.path))
         if not self.path.is_dir(): raise FileNotFoundError(f"there is no run folder {str(self.path)!r}")
         if missing := [run_files[o] for o in self.needed if not self.file(o).is_file()]:
+            if n_folds(self.path):
+                raise FileNotFoundError(f"the folds in {str(self.path)!r} are not finished, to go on: "
+                                        f"mstoolkit train --resume {shlex.quote(str(self.path))}")
             raise FileNotFoundError(f"{str(self.path)!r} is not a finished run folder: "
                                     f"it has no {', no '.join(missing)}")
 

@@ -25,6 +25,7 @@ from mstoolkit.evaluate.interpret import label_errors
 from mstoolkit.evaluate.stats import fold_interval
 from mstoolkit.models.ensemble import Ensemble
 from mstoolkit.models.fusion import multiscale_model
+from mstoolkit.models.views import view_sets
 from mstoolkit.predict import predict_folder, predict_probs
 from mstoolkit.recipe import Recipe
 from mstoolkit.runs import Run, Several, n_folds
@@ -274,7 +275,7 @@ def test_folds_that_were_killed_go_on_as_if_not(three_folds, image_folder_, tmp_
     out = tmp_path/'f'
     killed(1, 'train', image_folder_, '--folds', 3, '--out', out, '--threads', 1, *WORDS)
     assert (out/'.fold-0').is_dir() and not (out/'fold-0').exists()
-    with pytest.raises(FileNotFoundError, match=r'fold 0, 1, 2 is missing, to go on: mstoolkit train --resume'): Classifier.load(out)
+    with pytest.raises(FileNotFoundError, match=r'folds 0, 1, 2 are missing, to go on: mstoolkit train --resume'): Classifier.load(out)
     killed(3, 'train', '--resume', out, '--threads', 1)  # the end of the first fold, and the first epoch of the second
     assert (out/'fold-0').is_dir() and (out/'.fold-1').is_dir()
     killed(-1, 'train', '--resume', out, '--threads', 1)
@@ -582,7 +583,7 @@ def test_epochs_that_were_not_validated_have_no_score(three_folds, image_folder,
 
 def test_a_validation_folder_that_says_something_else_has_the_word(three_folds, image_folder, tmp_path, monkeypatch):
     "Here the labels of the validation folder are wrong, as if its images came from elsewhere."
-    data, test = tmp_path/'data', image_folder/'test'
+    data, test = tmp_path/'moved', image_folder/'test'
     shutil.copytree(image_folder, data)
     shutil.copytree(three_folds, tmp_path/'f')
     DataSource(data, folds=3).save(tmp_path/'f'/'data.toml')
@@ -604,8 +605,10 @@ def test_a_validation_folder_that_says_something_else_has_the_word(three_folds, 
 def test_what_cannot_be_submitted_is_said_before_the_training(three_folds, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(submit_module, 'train_folds', lambda *a, **kw: pytest.fail('trained'))
     out, test = tmp_path/'p.csv', image_folder/'test'
-    for kw, what in ((dict(tta='sizes'), 'shows a second size'), (dict(on_bad='slip'), "did you mean 'skip'")):
-        with pytest.raises(ValueError, match=what): submit(image_folder, test, out, **kw)
+    with pytest.raises(ValueError, match="did you mean 'skip'"): submit(image_folder, test, out, on_bad='slip')
+    (test/'broken.png').write_bytes(b'junk')
+    with pytest.raises(ValueError, match='1 of 10 images to predict cannot be read: .*broken.png: '): submit(image_folder, test, out)
+    (test/'broken.png').unlink()
     for kw, what in ((dict(folds=3), 'folds'), (dict(recipe='gate'), 'recipe'), (dict(given=dict(lr=1.)), 'given'), (dict(weights_dir='w'), 'weights_dir')):
         with pytest.raises(ValueError, match=f'was trained already, {what} is for a training'): submit(three_folds, test, out, **kw)
     assert main(['submit', str(three_folds), str(test), '--weights-dir', 'w', '--out', str(out)]) == 2
@@ -614,6 +617,13 @@ def test_what_cannot_be_submitted_is_said_before_the_training(three_folds, image
     one = next(test.rglob('*.png'))
     one.with_suffix('.jpg').write_bytes(one.read_bytes())
     with pytest.raises(ValueError, match='two images have the name'): submit(image_folder, test, tmp_path/'q.csv')
+
+
+def test_folds_that_are_not_finished_have_no_page(three_folds, tmp_path, capsys):
+    shutil.copytree(three_folds, tmp_path/'f')
+    (tmp_path/'f'/'valid_predictions.csv').unlink()
+    assert main(['report', str(tmp_path/'f')]) == 2
+    assert 'are not finished, to go on: mstoolkit train --resume' in capsys.readouterr().err
 
 
 def test_submit_takes_folds_and_says_what_to_expect(three_folds, image_folder, tmp_path, capsys):
@@ -635,9 +645,11 @@ def test_views_of_folds_are_judged_by_the_fold_that_held_an_image_out(three_fold
     n = sum(o.images['none'] for o in each)
     assert df.images['none'] == n == len(Several(three_folds).preds) and df.accuracy['none'] == pytest.approx(Several(three_folds).accuracy)
     assert df.accuracy['flip'] == pytest.approx(sum(o.accuracy['flip']*o.images['none'] for o in each)/n)
-    assert list(view_gains(three_folds, device='cpu').index) == ['none', 'flip'] and Classifier.load(three_folds).header.mirrored
+    assert list(view_gains(three_folds, device='cpu').index) == list(view_sets) and Classifier.load(three_folds).header.mirrored
+    both, images = predict_probs(Classifier.load(three_folds), sorted((image_folder/'test').rglob('*.png')), tta='sizes', device='cpu')[:2]
+    own = [predict_probs(Classifier.load(three_folds/f'fold-{k}'), images, tta='sizes', device='cpu')[0] for k in range(3)]
+    assert (both - sum(own)/3).abs().max() < 1e-5
     out = tmp_path/'p.csv'
-    with pytest.raises(ValueError, match="tta 'sizes' shows a second size"): submit(three_folds, image_folder/'test', out, tta='sizes', device='cpu')
     # whatever views are better are taken, and counted: here the judging is made to say so
     found = df.assign(verdict=['baseline', 'better'], diff=[0., .1])
     monkeypatch.setattr(submit_module, 'view_gains', lambda *a, **kw: found)

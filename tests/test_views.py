@@ -102,7 +102,7 @@ def test_what_the_training_never_showed_is_refused(clf, tmp_path, capsys):
 def test_a_network_of_one_size_is_shown_no_other(clf, tmp_path, monkeypatch):
     pictures(tmp_path/'p')
     monkeypatch.setattr(clf.model[0], 'fixed_size', True)
-    with pytest.raises(ValueError, match='built for one: choose flip or none'): predict_folder(clf, tmp_path/'p', tta='sizes', num_workers=0)
+    with pytest.raises(ValueError, match='takes but one: choose flip or none'): predict_folder(clf, tmp_path/'p', tta='sizes', num_workers=0)
 
 
 @pytest.mark.parametrize('augment,mirrored', [('none', False), ('light', True), ('affine', True), ('strong', True), ('upright', False), ('shift', True)])

@@ -47,7 +47,7 @@ class Budget(AttachedCallback):
         minutes: float, # in all, from `spent` seconds ago to the end of what comes after the training
         *,
         spent: float = 0., # seconds of them that have gone by
-        frozen: float = .1, # share of the training time for a fit of the head alone, `fine_tune`'s first; 0: it is one like any
+        frozen: float = .1, # share of the time for a fit of the head alone, `fine_tune`'s first; 0: it is one like any
         slices: int = 25, # validations at the most
         passes_after: float = 0., # validations' worth of work to come after the training
         seconds_after: float = 1. # further work after it

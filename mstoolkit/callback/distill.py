@@ -73,7 +73,8 @@ class Distill(Callback):
         mean, std = map(per_channel, self.stats or _stats(self.dls))
         def change(m: Tensor, s: Tensor) -> tuple|None: # of the learner's normalisation into another
             return None if (m == mean).all() and (s == std).all() else (std/s, (mean - m)/s)
-        self.forms = [(size, change(per_channel(m), per_channel(s))) for size, m, s in h.inputs] # that the teacher takes
+        # what the teacher takes
+        self.forms = [(size, change(per_channel(m), per_channel(s))) for size, m, s in h.inputs]
         self.teacher.model.to(dev)
 
     def as_taught(self,
@@ -97,7 +98,8 @@ class Distill(Callback):
             within = budget.left/(4 if hasattr(self.learn, 'keep_answers') else 2) if budget else math.inf
             self.network = self.teacher.network(shown, to_come, precision=self.precision, way=self.way, within=within)
             self.way = self.network.args[0]
-        return (self.network(shown).float()[:, self.columns]/(self.teacher.header.temperature*self.temperature)).softmax(1)
+        t = self.teacher.header.temperature*self.temperature
+        return (self.network(shown).float()[:, self.columns]/t).softmax(1)
 
     def before_batch(self):
         "Ask the teacher."
@@ -159,13 +161,15 @@ class KeepAnswers(Callback):
         self.turns: dict[bool, list] = {False: [], True: []}
         if not self.run: return
         if not hasattr(self.learn, 'distill'): raise ValueError("KeepAnswers keeps what a teacher says: add Distill")
-        if hasattr(self.learn, 'growing_size'): raise ValueError("KeepAnswers keeps images of one size: leave GrowingSize out")
+        if hasattr(self.learn, 'growing_size'):
+            raise ValueError("KeepAnswers keeps images of one size: leave GrowingSize out")
 
     def before_train(self):
         "Take the place of the loader."
         self.learn.dl = OwnBatches(self.dl, self.batches)
 
-    def _mixing(self) -> bool: return self.mix is not None and self.mix.active and self.learn.pct_train < self.mix.off_from
+    def _mixing(self) -> bool:
+        return self.mix is not None and self.mix.active and self.learn.pct_train < self.mix.off_from
 
     def batches(self,
         dl # the loader whose place is taken
@@ -213,7 +217,8 @@ class KeepAnswers(Callback):
         if len(self.kept[self._mixing()]) >= self.room: return
         plain = lambda o: o.detach().as_subclass(Tensor).cpu()
         lam, yb_b = (self.mix.lam, self.mix.yb_b and tuple(map(plain, self.mix.yb_b))) if self.mix else (1., None)
-        self.seen = _Seen(plain(self.x).half(), tuple(map(plain, self.learn.yb)), plain(self.learn.distill.target), lam, yb_b)
+        labels, target = tuple(map(plain, self.learn.yb)), plain(self.learn.distill.target)
+        self.seen = _Seen(plain(self.x).half(), labels, target, lam, yb_b)
 
     def after_fit(self):
         "Let them go."

@@ -175,7 +175,8 @@ class KeepMaps(Callback):
         "Begin without maps: other stages may have learned."
         self.run = is_lasting_fit(self.learn) and not body_is_frozen(self.learn)
         if self.run and not isinstance(get_model(self.model), MultiScaleModel):
-            raise ValueError(f"KeepMaps needs a multiscale_model, not {type(get_model(self.model)).__name__}: leave it out")
+            kind = type(get_model(self.model)).__name__
+            raise ValueError(f"KeepMaps needs a multiscale_model, not {kind}: leave it out")
         self.views, self.turns, self.room, self.begin_at, self.front = [], [], self.keep, None, None
 
     def before_train(self):

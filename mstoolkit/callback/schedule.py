@@ -70,8 +70,8 @@ def fit_warm_restarts(
 
 # %% ../../nbs/340_callback.schedule.ipynb #f86f4872
 class WholeEpochs(GradientAccumulation):
-    "fastai's accumulation, with a step at each epoch's end from the batches that are left, so that an epoch leaves nothing to the next."
-    # what a checkpoint at its end would have to keep besides
+    "fastai's accumulation, with a step at each epoch's end from the batches that are left."
+    # what an epoch leaves to the next, a checkpoint between them would have to keep
     def before_fit(self):
         "Begin without gradients of another fit."
         super().before_fit()

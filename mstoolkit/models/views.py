@@ -52,7 +52,7 @@ def check_views(
     views = view_sets[choice(tta, view_sets, 'tta')]
     flips, sizes = any(m for _, m in views), any(k for k, _ in views)
     if one_size and sizes:
-        raise ValueError(f"tta {tta!r} shows a second size, and this network is built for one: "
+        raise ValueError(f"tta {tta!r} shows a second size, and this model takes but one: "
                          f"choose {'flip or ' if mirrored else ''}none")
     if flips and mirrored is False:
         raise ValueError(f"tta {tta!r} shows mirror images, and the model was trained with augmentation {augment!r}, "

@@ -66,7 +66,7 @@ def _told(clf: Classifier) -> str:
     return f"{h.config.get('head')} head on {h.config['backbone']}, {h.size} px"
 
 def _moved_norms(net: nn.Module, states: list[dict]) -> list[nn.Module]:
-    "The batch norms whose statistics differ among networks; where they were kept as they came, those are what all learnt with."
+    "The batch norms whose statistics differ among networks; those that all kept as they came, all learnt with."
     norms = {n: m for n, m in net.named_modules()
              if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats}
     same = lambda k: all(torch.equal(s[k], states[0][k]) for s in states)
@@ -75,7 +75,7 @@ def _moved_norms(net: nn.Module, states: list[dict]) -> list[nn.Module]:
 def _estimate_norms(clf: Classifier, norms: list[nn.Module], files: list[Path], num_workers: int|None = None, bs: int = 64):
     "Run training images through a network whose batch norms take their mean and variance from them."
     if not norms: return
-    # in an order of chance, for a batch of one class has another variance; a last small batch would count like a whole one
+    # in an order of chance, for one class alone has another variance; a small batch would count like a whole one
     files = random.Random(0).sample(files, len(files))
     files = files[:len(files)//bs*bs] or files
     momenta = [m.momentum for m in norms]
@@ -219,7 +219,8 @@ def _held_out(paths: list[Path], data, given: dict) -> tuple[DataSource, int, li
     if len(va) < 10:
         raise ValueError(f"{counted(len(va), 'validation image')} of {source.path!r}: to choose by them it takes 10 or more")
     if _apart(va) < 2:
-        raise ValueError(f"the {len(va)} validation images of {source.path!r} are of one group: to choose by them it takes two")
+        raise ValueError(f"the {len(va)} validation images of {source.path!r} are of one group: "
+                         "to choose by them it takes two")
     for p in paths:
         if (known := _trained_on(p)) is None:
             print(f"what {str(p)!r} was trained on is not known: that none of the {len(va)} validation images were among "
@@ -239,7 +240,7 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 def _without_temperature(clf: Classifier) -> Classifier:
-    "The temperature of a mean cannot be handed on to its members, so that such a mean is judged as it will be averaged."
+    "The temperature of a mean cannot be handed on to its members: it is judged as it will be averaged."
     return replace(clf, header=replace(clf.header, temperature=1.)) if clf.header.members else clf
 
 # %% ../../nbs/770_several.combine.ipynb #7943a16c
@@ -301,7 +302,7 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
     sure = calibrate(torch.from_numpy(own).clamp(min=1e-12).log(), torch.from_numpy(s.y))
     title = lambda o: ' + '.join(s.names[i] for i in o)
     low, high = accuracy_interval(right)
-    told = [_sentence(k, r) for k, r in verdict.iterrows()]
+    told = [_sentence(k, r, len(verdict) > 1) for k, r in verdict.iterrows()]
     taken = ', '.join(f'{title(o)} × {n}' if n > 1 else title(o) for o, n in kept.weights.items())
     told.append(f"Kept: {kept.kind}, {taken}; "
                 f"accuracy to expect {right.mean():.4f} (95 % interval {low:.4f} to {high:.4f}), the choosing counted.")
@@ -323,10 +324,10 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
     print(*told, *said, f"model and page: {page.parent}", sep='\n', flush=True)
     return Several(out)
 
-def _sentence(kind: str, r: pd.Series) -> str:
+def _sentence(kind: str, r: pd.Series, holm: bool) -> str:
     word = 'within noise' if r.p > .05 else 'better' if r.gain > 0 else 'worse'
     return (f"{kind.capitalize()}: accuracy {r.accuracy:.4f}, {100*r.gain:+.1f} points against the best run, {word} "
-            f"(won {r.won:.0f}, lost {r.lost:.0f}, McNemar p = {r.p:.2g}{' after Holm' if r.p < 1 else ''}).")
+            f"(won {r.won:.0f}, lost {r.lost:.0f}, McNemar p = {r.p:.2g}{' after Holm' if holm and r.p < 1 else ''}).")
 
 def _brought(s: _Search, kept: _Choice) -> list[dict]:
     "What each run is worth alone, and what is lost without it."

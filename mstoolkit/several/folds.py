@@ -59,7 +59,8 @@ def images_digest(
     samples, classes = source_samples(source)[0], source.file('classes') or source.classes
     contents = check_samples(samples, [], source.path, classes=classes).contents
     names = class_names(samples, [], classes)[0]
-    lines = [contents, *names, *('\t'.join(map(str, (image_name(o.path, source.root), o.label, o.group))) for o in samples)]
+    words = ((image_name(o.path, source.root), o.label, o.group) for o in samples)
+    lines = [contents, *names, *('\t'.join(map(str, o)) for o in words)]
     return hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()[:32]
 
 def _facts(source: DataSource, seed: int) -> dict:

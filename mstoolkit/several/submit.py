@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..callback.tracker import metric_mode
 from ..classifier import Classifier
@@ -22,7 +23,7 @@ from ..core import check_new, choice, counted
 from ..data.sources import DataSource, data_source, image_files, source_samples
 from ..evaluate.gain import gain_lines, view_gains
 from ..evaluate.stats import accuracy_interval
-from ..models.views import check_views, view_sets
+from ..models.views import view_sets
 from ..predict import image_names, predict_folder, predict_probs, write_predictions
 from ..recipe import Recipe, load_recipe
 from ..runs import Run, Several, fold_folder, n_folds, read_env, run_file
@@ -126,7 +127,7 @@ def _beside_valid(run: Run, exp: Expected, n: int, views_gain: float, device: st
     if low <= exp.accuracy - views_gain <= high: return replace(exp, how=f"{exp.how}; {told}")
     k = max(2, round(1/(1/len(right) + 1/n)))
     low, high = accuracy_interval(np.arange(k) < round(right.mean()*k))
-    how = f"{told}; out of fold it is {run.accuracy:.4f}, for images that are held out are more like those learnt than these are"
+    how = f"{told}; out of fold it is {run.accuracy:.4f}, for held-out images are more like those learnt than these are"
     return _expected(float(right.mean()), low, high, views_gain, how)
 
 def _optimism(folder: Path, folds: int) -> float:
@@ -162,7 +163,7 @@ def submit(
 ) -> Expected: # what the submission should score
     "Train folds or go on with them, predict with their mean, write the submission, and say what to expect of it."
     out, found = check_new(Path(out), force=force), image_files(images)
-    device, todo = predict.get('device') or 'auto', dict(folds=folds, recipe=recipe, given=given, weights_dir=weights_dir)
+    todo, device = dict(folds=folds, recipe=recipe, given=given, weights_dir=weights_dir), predict.get('device') or 'auto'
     _check_first(folder, images, found, tta, predict, todo)
     made = _trained(folder, out, todo, jobs, spent)
     tta, gain = _views(made, tta, device)
@@ -177,20 +178,31 @@ def submit(
 def _is_trained(folder: str|Path|DataSource) -> bool: # rather than images
     return not isinstance(folder, DataSource) and run_file(folder, 'env').is_file()
 
+def _unreadable(file: Path) -> str: # '' where its head is that of an image
+    try:
+        with Image.open(file) as im: im.size
+    except Exception as e: return ' '.join(str(e).split()) or type(e).__name__
+    return ''
+
 def _check_first(folder, images: str|Path, found: list[Path], tta: str, predict: dict, todo: dict):
     "Say before hours of training what cannot be predicted or has no effect."
     choice(tta, ('auto', *view_sets), 'tta')
     choice(predict.get('on_bad', 'error'), ('error', 'skip'), 'on_bad')
     image_names(found, Path(images))
+    bad = {f: why for f in found if (why := _unreadable(f))} if predict.get('on_bad', 'error') == 'error' else {}
+    if bad:
+        first = '; '.join(f'{f}: {why}' for f, why in list(bad.items())[:3])
+        raise ValueError(f"{len(bad)} of {counted(len(found), 'image')} to predict cannot be read: {first}. Mend or remove "
+                         "them, or leave their rows out with on_bad='skip' (--on-bad skip)")
     trained = _is_trained(folder)
-    if tta != 'auto' and (not trained or n_folds(folder)): check_views(tta, mirrored=True, one_size=True) # a mean of folds
     if trained and (odd := next((k for k, v in todo.items() if v), None)):
         raise ValueError(f"{str(folder)!r} was trained already, {odd} is for a training: leave it out")
 
 def _views(made: Path, tta: str, device: str) -> tuple[str, float]:
     "The views to average over, what they bring on validation images, as a share, and a word on them."
     if tta == 'none': return tta, 0.
-    print("looking what views of an image bring on validation images (--tta none leaves that out)", flush=True)
+    if tta == 'auto':
+        print("looking what views of an image bring on validation images (--tta none leaves that out)", flush=True)
     try: df = view_gains(made, None if tta == 'auto' else [tta], device=device)
     except FileNotFoundError as e:
         print(f"what views bring is not known: {e}", flush=True)
