@@ -51,7 +51,8 @@ def averaging_gain(
     "How much more often the mean of several models is right than each alone, by how they disagree."
     rows, each, answer = np.arange(probs.shape[1]), probs.argmax(2), probs.mean(0).argmax(1)
     logp = np.log(np.maximum(probs, 1e-12))
-    mean = np.log(_sharpened(logp, _sharpness(lambda s: _sharpened(logp, s).max(2).mean(), accuracy)).mean(0))
+    own = _sharpness(lambda s: _sharpened(logp, s).max(2).mean(), accuracy)
+    mean = np.log(np.maximum(_sharpened(logp, own).mean(0), 1e-12))
     member = lambda s: _sharpened(mean, s)[rows, each].mean()
     s = _sharpness(member, accuracy)
     return float(np.clip(_sharpened(mean, s)[rows, answer].mean() - member(s), 0, 1 - accuracy))
