@@ -116,9 +116,8 @@ class Budget(AttachedCallback):
         if not self.run: return
         self.began = from_first(self.began)
         self.tick()
-        first = self.frozen > 0 and body_is_frozen(self.learn)
-        self.lo, self.hi = (0., self.frozen) if first else (self.thawed, 1.)
-        self.first = bool(first)
+        self.first = self.frozen > 0 and body_is_frozen(self.learn)
+        self.lo, self.hi = (0., self.frozen) if self.first else (self.thawed, 1.)
         self.ended, self.most_progress = False, 0.
         self.pace = self.pace_then = None  # a frozen phase has another pace, which says nothing of the machine
 

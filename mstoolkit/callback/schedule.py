@@ -101,8 +101,9 @@ class LayerDecay(Callback):
         self.opt.set_hyper('lr', list(scale*[h['lr'] for h in self.opt.hypers]))
         for cb in self.learn.cbs:
             lr = cb.scheds.get('lr') if isinstance(cb, ParamScheduler) else None
-            if lr: self.scaled.append((cb, cb.scheds))
-            if lr: cb.scheds = {**cb.scheds, 'lr': lambda pct, lr=lr: scale*lr(pct)}
+            if not lr: continue
+            self.scaled.append((cb, cb.scheds))
+            cb.scheds = {**cb.scheds, 'lr': lambda pct, lr=lr: scale*lr(pct)}
 
     def after_fit(self):
         "Leave schedulers that stay on the learner as they were."

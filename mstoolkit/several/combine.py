@@ -324,10 +324,10 @@ def _written(out: Path, s: _Search, kept: _Choice, honest: dict, verdict: pd.Dat
     print(*told, *said, f"model and page: {page.parent}", sep='\n', flush=True)
     return Several(out)
 
-def _sentence(kind: str, r: pd.Series, holm: bool) -> str:
+def _sentence(kind: str, r: pd.Series, corrected: bool) -> str:
     word = 'within noise' if r.p > .05 else 'better' if r.gain > 0 else 'worse'
     return (f"{kind.capitalize()}: accuracy {r.accuracy:.4f}, {100*r.gain:+.1f} points against the best run, {word} "
-            f"(won {r.won:.0f}, lost {r.lost:.0f}, McNemar p = {r.p:.2g}{' after Holm' if holm and r.p < 1 else ''}).")
+            f"(won {r.won:.0f}, lost {r.lost:.0f}, McNemar p = {r.p:.2g}{' after Holm' if corrected and r.p < 1 else ''}).")
 
 def _brought(s: _Search, kept: _Choice) -> list[dict]:
     "What each run is worth alone, and what is lost without it."

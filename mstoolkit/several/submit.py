@@ -90,9 +90,7 @@ def expected_accuracy(
     folder, files = Path(folder), image_files(images)
     run: Run = Several(folder) if Several.is_one(folder) else Run(folder)
     n, right = len(run.preds), run.accuracy
-    k = max(2, round(1/(1/n + 1/len(files)))) # chance is in the validation images, and in those to come
-    span = lambda level: accuracy_interval(np.arange(k) < round(right*k), level)
-    low, high = span(.95)
+    low, high = _span(right, n, len(files))
     by_views = f", {100*views_gain:+.1f} for views of each image" if views_gain else ''
     if folds := n_folds(folder):
         lost, gain = _optimism(folder, folds), _gain(folder, folds, files, right, device)
@@ -105,7 +103,12 @@ def expected_accuracy(
     epochs = len(run.history)
     # whichever of so many epochs was chosen, all of them keep to this together
     how = f"{right:.4f} on {counted(n, 'validation image')}, the best of {counted(epochs, 'epoch')}{by_views}"
-    return _expected(right, span(1 - .05/epochs)[0], high, views_gain, how)
+    return _expected(right, _span(right, n, len(files), 1 - .05/epochs)[0], high, views_gain, how)
+
+def _span(accuracy: float, judged: int, to_come: int, level: float = .95) -> tuple[float, float]:
+    "The interval of an accuracy: chance is in the images that were judged, and in those to come."
+    k = max(2, round(1/(1/judged + 1/to_come)))
+    return accuracy_interval(np.arange(k) < round(accuracy*k), level)
 
 def _expected(mid: float, low: float, high: float, views_gain: float, how: str) -> Expected:
     "With what views bring; at the lower end they bring nothing."
@@ -126,8 +129,7 @@ def _beside_valid(run: Run, exp: Expected, n: int, views_gain: float, device: st
     low, high = accuracy_interval(right)
     told = f"{right.mean():.4f} on the {counted(len(right), 'image')} of the validation folder, which no fold was trained on"
     if low <= exp.accuracy - views_gain <= high: return replace(exp, how=f"{exp.how}; {told}")
-    k = max(2, round(1/(1/len(right) + 1/n)))
-    low, high = accuracy_interval(np.arange(k) < round(right.mean()*k))
+    low, high = _span(right.mean(), len(right), n)
     how = f"{told}; out of fold it is {run.accuracy:.4f}, for held-out images are more like those learnt than these are"
     return _expected(float(right.mean()), low, high, views_gain, how)
 
