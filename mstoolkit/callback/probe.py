@@ -14,14 +14,15 @@ from time import perf_counter
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.learner import Learner
 from fastai.torch_core import get_model
 from torch import nn
 
-from .core import OwnBatches, body_is_frozen, is_lasting_fit
+from .core import AttachedCallback, OwnBatches, body_is_frozen, is_lasting_fit
 from .progress import RunHistory
 from .speed import Arithmetic, FrozenBody
 from ..core import as_first, free_memory, from_all, from_first, n_processes, process_rank, track
-from ..models.fold import network_for
+from ..models.fold import fold_resting_norms, network_for, unfold_norms
 from ..models.fusion import FusionHead, MultiScaleModel
 from ..models.split import StageEntry
 
@@ -125,7 +126,7 @@ class ProbeHead(Callback):
         head = self.model[1].train()
         maps = [feats.new_zeros(1, c, 1, 1) for c in self.model[0].channels]
         channels = [o.shape[1] for o in head.pool(maps)]
-        opt = torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=self.wd)
+        opt = torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=self.wd, fused=True)
         passes = self._affordable(head, feats, labels, channels, stop_at)
         steps = passes*-(-len(feats)//self.bs)
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, self.lr, total_steps=steps+1, pct_start=.2)
@@ -242,11 +243,31 @@ class KeepMaps(Callback):
         self.views, self.front = [], None
 
 # %% ../../nbs/385_callback.probe.ipynb #0348653a
-class FreezeNorms(Callback):
+class FreezeNorms(AttachedCallback):
     "Let the body's batch norms use the statistics that they came with, in training too."
     order, run_valid = FrozenBody.order+1, False
+    def before_fit(self):
+        "Begin with a network whose norms do their own work."
+        self.detach(self.learn)
+        self.folds = False
+
     def before_train(self):
         "Put them into evaluation mode."
-        body = self.model[0] if isinstance(self.model, MultiScaleModel) else self.model
-        for m in body.modules():
+        model = get_model(self.model)
+        for m in (model[0] if isinstance(model, MultiScaleModel) else model).modules():
             if isinstance(m, nn.modules.batchnorm._NormBase): m.eval()
+
+    def before_batch(self):
+        "With a fit's first batch let the convolutions before them do their work."
+        if not self.folds: fold_resting_norms(get_model(self.model), self.x.as_subclass(torch.Tensor))
+        self.folds = True
+
+    def after_fit(self):
+        "Leave the network as it was."
+        self.detach(self.learn)
+
+    def detach(self,
+        learn: Learner # whose fit has ended, in whatever way
+    ):
+        "Leave its network as it was."
+        unfold_norms(get_model(learn.model))

@@ -166,10 +166,12 @@ def training_step(
 ) -> Callable: # way → None
     "A training step to time."
     used = {layout for _, layout in ways}
-    copies = {n: deepcopy(model).train().to(memory_format=layouts[n]) for n in used}
+    copies = {n: deepcopy(model).to(memory_format=layouts[n]) for n in used}
     body = next(model.children(), model)
-    if not any(p.requires_grad for p in body.parameters()): # a frozen phase, which the longer one follows
-        for o in copies.values(): o.requires_grad_()
+    frozen = not any(p.requires_grad for p in body.parameters()) # a phase which the longer one follows
+    for o in copies.values():
+        if frozen: o.requires_grad_()
+        if frozen or not model.training: o.train() # else norms that rest do so here, too
     xs = {n: x.contiguous(memory_format=layouts[n]) for n in used}
     def step(way):
         precision, layout = way
