@@ -140,7 +140,7 @@ def training_fields(
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=test_size)
     kept = start.get('keep_maps', 0)
     mix = dict(cutmix=.5, mix_off_share=.15) if passes >= enough_to_mix and not kept else dict(cutmix=0.)
-    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, 0 if kept else passes),
+    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, passes if pretrained and not kept else 0),
                 balance='logit-adjust' if facts.uneven >= 20 else 'none', plateau_patience=-1, stop_patience=0) | start | mix
 
 # %% ../nbs/430_plan.ipynb #f2056135
@@ -185,7 +185,8 @@ def _backbone(facts: DataFacts, given: dict, fields: dict, seconds: float, devic
             return dict(backbone=row.candidate.name, pretrained=True, weights_file=file), row.epochs
         told.append(weights_told(rows))
         pretrained = False
-    found = dict(pretrained=pretrained)
+    if not pretrained and not given.get('head'): kw['head'] = 'plain' # a gated one is slower to learn, or never begins
+    found = dict(pretrained=pretrained, head=kw['head'])
     if name == 'auto':
         network, passes = _from_scratch(facts, given, kw, seconds)
         return found | network, passes

@@ -135,7 +135,7 @@ def test_a_network_from_scratch_is_as_wide_as_time_allows(ranked, image_folder, 
         monkeypatch.setattr(plan, 'time_backbone', lambda *a, timm_kw, **kw: images_s*512/timm_kw.get('channels', [512])[-1])
         return auto_recipe(image_folder, minutes=5, pretrained=False)
     needed = 24*plan.scratch_passes/(300*.75) # images a second; the folder has 24 for training
-    for images_s, options in ((1.1*needed, ()), (.8*needed, plan.scratch_widths[1]), (.4*needed, plan.scratch_widths[2]), (0, plan.scratch_widths[2])):
+    for images_s, options in ((1.1*needed, plan.scratch_widths[0]), (.8*needed, plan.scratch_widths[1]), (.4*needed, plan.scratch_widths[2]), (0, plan.scratch_widths[2])):
         r, told = speed(images_s)
         assert (r.backbone, r.timm, r.size) == (plan.scratch_backbone, options, 64) and ' '.join(['resnet10t', *options]) in told[-1]
     for options in (['drop_rate=.1'], 'drop_rate=.1'):
