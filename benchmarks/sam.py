@@ -4,7 +4,7 @@
     python benchmarks/sam.py DATA --recipe benchmarks/parts-recipe.toml --weights-file W    # fine-tuning
 
 Every step of SAM is two: up the gradient to the worst weights within a radius, and down from where one was with the gradient found there.
-So the cell with SAM has half the epochs. DATA has train/CLASS and val/CLASS; the verdict is the library's own, on the last epoch's model.
+So the cell with SAM has half the epochs. DATA has train/CLASS and val/CLASS; what counts is the best epoch's model, as in every run.
 """
 import argparse
 import statistics
@@ -22,7 +22,7 @@ from mstoolkit.train import train
 
 
 class SAM(Callback):
-    "Step with the gradient at the worst weights within `rho`, as the paper's algorithm 1 has it."
+    "Step with the gradient at the worst weights within `rho`, as the paper's algorithm 1 has it, in a learner that mixes."
     order = 100  # after whatever else looks at the first gradient
     def __init__(self, rho: float): self.rho = rho
 
@@ -35,7 +35,10 @@ class SAM(Callback):
         norms = [(m, m.momentum) for m in self.model.modules() if getattr(m, 'momentum', None) is not None]
         for m, _ in norms: m.momentum = 0.  # running statistics are those of the weights that stay
         for p in ps: p.grad = None
-        self.learn.loss_func(self.model(*self.xb), *self.yb).backward()
+        pred, mix = self.model(*self.xb), self.learn.batch_mix
+        loss = self.loss_func(pred, *self.yb)
+        if mix.mixed: loss = torch.lerp(self.loss_func(pred, *mix.yb_b), loss, mix.lam)
+        loss.backward()
         for m, was in norms: m.momentum = was
         with torch.no_grad(): torch._foreach_sub_(ps, up)
 
@@ -45,14 +48,12 @@ def main():
     p.add_argument('data')
     p.add_argument('--recipe', required=True)
     p.add_argument('--weights-file', default='')
-    p.add_argument('--rho', type=float, nargs='+', default=[.05])
+    p.add_argument('--rho', type=float, nargs='+', default=[0., .05], help='radii; 0 is without')
     p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--cutmix', type=float, default=None)
     o = p.parse_args()
-    base = load_recipe(o.recipe)
-    base = replace(base, weights_file=o.weights_file, **({} if o.cutmix is None else dict(cutmix=o.cutmix)))
+    base = replace(load_recipe(o.recipe), weights_file=o.weights_file, device='cpu')
     print(f"{time.strftime('%Y-%m-%d')}, {machine()}\n\n| cell | epochs | accuracy, a seed each | mean | seconds |\n|---|---|---|---|---|", flush=True)
-    for rho in (0., *o.rho):
+    for rho in o.rho:
         r, found, spent = replace(base, epochs=max(1, base.epochs//2) if rho else base.epochs), [], []
         for seed in range(o.seeds):
             with tempfile.TemporaryDirectory() as tmp:

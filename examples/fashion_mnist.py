@@ -1,4 +1,4 @@
-"""Fashion-MNIST from scratch on a CPU, in minutes: a small network with the gated head and one cycle, chosen for the machine.
+"""Fashion-MNIST from scratch on a CPU, in minutes: a small network and one cycle, chosen for the machine.
 
     python examples/fashion_mnist.py                     # data in data/fashion-mnist, run in runs/auto, 20 minutes
     python examples/fashion_mnist.py --minutes 2 --out runs/quick

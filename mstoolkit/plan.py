@@ -140,7 +140,8 @@ def training_fields(
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=test_size)
     kept = start.get('keep_maps', 0)
     mix = dict(cutmix=.5, mix_off_share=.15) if passes >= enough_to_mix and not kept else dict(cutmix=0.)
-    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=_augment(facts, passes if pretrained and not kept else 0),
+    augment = _augment(facts, passes if pretrained and not kept else 0)
+    return dict(opt='adamw', wd=.05, loss='smoothed', smoothing=.1, ema=.1, augment=augment,
                 balance='logit-adjust' if facts.uneven >= 20 else 'none', plateau_patience=-1, stop_patience=0) | start | mix
 
 # %% ../nbs/430_plan.ipynb #f2056135
@@ -172,7 +173,7 @@ def _from_scratch(facts: DataFacts, given: dict, kw: dict, seconds: float) -> tu
 
 def _backbone(facts: DataFacts, given: dict, fields: dict, seconds: float, device, weights_dir, told: list) -> tuple[dict, float]:
     "Backbone and weights as recipe fields, and how often they will see the data."
-    name, pretrained = given.get('backbone', 'auto'), given.get('pretrained', True)
+    name, pretrained = given.get('backbone', 'auto'), given.get('pretrained', True) or bool(given.get('weights_file'))
     kw = {k: fields[k] for k in ('size', 'bs', 'head')} | dict(device=device)
     if name == 'auto' and given.get('weights_file'):
         raise ValueError("weights_file is one backbone's: name that backbone (--backbone), "

@@ -59,6 +59,7 @@ from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, fast_precisions, layouts, precisions
 from .models.backbone import timm_options
+from .models.fold import unfold_norms
 from .models.memory import largest_batch
 from .models.views import larger_sizes
 from .plan import auto_recipe
@@ -67,10 +68,12 @@ from .runs import (beginnings, clear_leftovers, clear_stillborn, environment, fr
                             run_file, stopped_run, write_env)
 
 # %% ../nbs/710_train.ipynb #8cb93768
-# all parameters in one kernel: 4 to 7 times the speed of a loop over them, and a tenth of a small network's step
-_fused = lambda opt, **kw: partial(OptimWrapper, opt=opt, fused=True, **kw)
+# all parameters in one kernel: 4 to 7 times the speed of a loop over them, and a tenth of a small network's step; torch's SGD is fast
+# as it is, and its kernel refuses parameters that begin to learn later than their group
+_fused = lambda opt: partial(OptimWrapper, opt=opt, fused=True)
 
-optimizers = dict(adam=_fused(torch.optim.Adam), adamw=_fused(torch.optim.AdamW), sgd=_fused(torch.optim.SGD, momentum=.9))
+optimizers = dict(adam=_fused(torch.optim.Adam), adamw=_fused(torch.optim.AdamW),
+                  sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
 
 losses = {'smoothed': lambda r: SmoothedCrossEntropy(r.smoothing), 'cross-entropy': lambda r: CrossEntropyLossFlat()}
 
@@ -285,6 +288,7 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     finally:
         if n_processes() > 1: learn.distributed.close()
         learn.arithmetic.close() # a batch that was broken off has left autocast on, for all that this process does next
+        unfold_norms(learn.model)
         _draw(learn, run, r.monitor)
     picked = _pick_test_size(learn, r, run_file(run, 'model')) if r.test_size < 0 else None
     calibration = _calibrate(learn, run, picked)

@@ -129,13 +129,25 @@ def test_from_scratch_where_there_are_no_weights(ranked, image_folder):
     assert 'from scratch' in told[0] and '--weights-dir' in told[1]
 
 
+@pytest.mark.parametrize('backbone', ['auto', 'test_resnet'])
+def test_what_stands_in_the_way_of_a_network_from_scratch_is_left_out(ranked, image_folder, monkeypatch, backbone):
+    "However long it trains: a gated head can fall to zero and stay there, and much augmentation is for who has begun to learn."
+    ranked()
+    monkeypatch.setattr(plan, 'time_backbone', lambda *a, head, **kw: heads_timed.append(head) or 1e6)
+    for given, head in (({}, 'plain'), (dict(head='gated'), 'gated')):
+        heads_timed = []
+        r, _ = auto_recipe(image_folder, minutes=20, pretrained=False, backbone=backbone, **given)
+        assert (r.head, r.augment) == (head, 'photo') and set(heads_timed) == {head}
+
+
 def test_a_network_from_scratch_is_as_wide_as_time_allows(ranked, image_folder, monkeypatch):
     ranked()
     def speed(images_s):
         monkeypatch.setattr(plan, 'time_backbone', lambda *a, timm_kw, **kw: images_s*512/timm_kw.get('channels', [512])[-1])
         return auto_recipe(image_folder, minutes=5, pretrained=False)
     needed = 24*plan.scratch_passes/(300*.75) # images a second; the folder has 24 for training
-    for images_s, options in ((1.1*needed, plan.scratch_widths[0]), (.8*needed, plan.scratch_widths[1]), (.4*needed, plan.scratch_widths[2]), (0, plan.scratch_widths[2])):
+    for images_s, width in (1.1*needed, 0), (.8*needed, 1), (.4*needed, 2), (0, 2):
+        options = plan.scratch_widths[width]
         r, told = speed(images_s)
         assert (r.backbone, r.timm, r.size) == (plan.scratch_backbone, options, 64) and ' '.join(['resnet10t', *options]) in told[-1]
     for options in (['drop_rate=.1'], 'drop_rate=.1'):

@@ -15,7 +15,7 @@ from mstoolkit.learner import fusion_learner
 from mstoolkit.models.fusion import heads, multiscale_model
 from mstoolkit.models.split import StageEntry, can_enter
 from mstoolkit.recipe import Recipe
-from mstoolkit.train import resume_run, train
+from mstoolkit.train import optimizers, resume_run, train
 from test_checkpoint import KillAt, Killed
 from tiny import quiet, tiny_learner
 
@@ -162,6 +162,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(image_folder, tmp_path, tin
         with pytest.raises(Killed): train(r, image_folder, tmp_path/f'b{epoch}', cbs=[KillAt(2, epoch)])
         again = resume_run(tmp_path/f'b{epoch}')
         assert not changed(state(whole.model), again.model) and len(again.run_history.rows) == 4
+
+
+@pytest.mark.parametrize('opt', ['adam', 'adamw', 'sgd'])
+def test_norms_that_learn_before_their_group_does(image_folder, tmp_path, tiny, opt):
+    "fastai's `train_bn`: in the first phase an optimizer has a state for some parameters of a group, and none for the others."
+    weights = tmp_path/'w.pth'
+    torch.save(multiscale_model('test_resnet', 'plain', 3, pretrained=False)[0].net.state_dict(), weights)
+    learn = train(Recipe.from_dict(tiny | dict(schedule='fine-tune', weights_file=str(weights), train_bn=True, opt=opt)), image_folder, tmp_path/'r')
+    assert [o['phase'] for o in learn.run_history.rows] == ['frozen', 'unfrozen']
+
+
+def test_an_optimizer_s_state_follows_the_layout_of_the_weights(dls):
+    "Its kernel reads them side by side, in the order of memory."
+    learn = learner(dls, cbs=Arithmetic('fp32', 'contiguous'), opt_func=optimizers['adamw'])
+    learn.unfreeze()
+    with quiet(learn):
+        learn.fit(1, 1e-3)
+        learn.arithmetic.asked = learn.arithmetic.chosen = 'fp32', 'channels-last'
+        learn.fit(1, 1e-3)
+    kept = [v for p, state in learn.opt.opt.state.items() for v in (p, *state.values()) if v.dim() == 4]
+    assert kept and all(v.is_contiguous(memory_format=torch.channels_last) for v in kept) and not all(v.is_contiguous() for v in kept)
 
 
 def test_under_a_budget_the_probe_is_validated_and_kept(image_folder, tmp_path, tiny):

@@ -259,7 +259,7 @@ class FreezeNorms(AttachedCallback):
 
     def before_batch(self):
         "With a fit's first batch let the convolutions before them do their work."
-        if not self.folds: fold_resting_norms(get_model(self.model), self.x.as_subclass(torch.Tensor))
+        if not self.folds and isinstance(self.model, MultiScaleModel): fold_resting_norms(self.model, self.x.as_subclass(torch.Tensor))
         self.folds = True
 
     def after_fit(self):

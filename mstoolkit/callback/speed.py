@@ -73,6 +73,10 @@ class Arithmetic(MixedPrecision):
         "Compute as `way` says from now on."
         precision, layout = self.way
         self.model.to(memory_format=layouts[layout])
+        # an optimizer's kernel walks through weights and state side by side
+        for p, state in self.opt.opt.state.items() if hasattr(self.opt, 'opt') else ():
+            for k, v in state.items():
+                if p.dim() == 4 and getattr(v, 'shape', None) == p.shape: state[k] = v.contiguous(memory_format=layouts[layout])
         # a scaler is also there while fp16 may still be chosen, for a checkpoint to fill
         scaled = precision == 'fp16' or not self.chosen and any(p == 'fp16' for p, _ in self.open)
         self.learn.scaler, self.scales = GradScaler(self.device.type, enabled=scaled), L()

@@ -171,7 +171,10 @@ def training_step(
     frozen = not any(p.requires_grad for p in body.parameters()) # a phase which the longer one follows
     for o in copies.values():
         if frozen: o.requires_grad_()
-        if frozen or not model.training: o.train() # else norms that rest do so here, too
+        if frozen or not model.training: # else norms that rest do so here, too
+            o.train()
+            for m in o.modules(): # and those that another module computes, which will rest in the longer phase
+                if 'forward' in vars(m): m.eval()
     xs = {n: x.contiguous(memory_format=layouts[n]) for n in used}
     def step(way):
         precision, layout = way

@@ -9,6 +9,8 @@ __all__ = ['unfold_norms', 'fold_batchnorms', 'network_for', 'fold_resting_norms
 
 # %% ../../nbs/260_models.fold.ipynb #56710119
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from statistics import median
@@ -58,6 +60,14 @@ def _fold(model: nn.Module, conv: str, norm: str):
     rest = nn.Sequential(n.drop, n.act) if isinstance(n, BatchNormAct2d) else nn.Identity()
     model.set_submodule(norm, rest.eval())
 
+# %% ../../nbs/260_models.fold.ipynb #f4a99497
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    "Without TF32, whose ten bits would hide from a GPU what is compared."
+    was, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try: yield
+    finally: torch.backends.cudnn.allow_tf32 = was
+
 # %% ../../nbs/260_models.fold.ipynb #a9c42871
 def _conv_and_norm(
     conv: nn.Module, # one of `_convs`
@@ -101,7 +111,7 @@ def fold_batchnorms(
     "A copy of a network with each batch norm that directly follows a convolution made part of it."
     plain = unfold_norms(deepcopy(model).eval())
     folded = deepcopy(plain)
-    with torch.inference_mode(False), torch.no_grad():
+    with _full_precision(), torch.inference_mode(False), torch.no_grad():
         for pair in _pairs(folded, x): _fold(folded, *pair)
         want, got = plain(x).float(), folded(x).float()
     same = (got-want).abs().max() <= tolerance*want.abs().max()
@@ -139,16 +149,16 @@ def fold_resting_norms(
     tolerance: float = 1e-4 # of the difference it may make, beside the largest output
 ) -> int: # how many there are now; 0 where the network computes something else with them
     "Let convolutions do the work of the norms in evaluation mode that directly follow them, in training too."
-    modes = {m: m.training for m in model.modules()}
+    modes, same = {m: m.training for m in model.modules()}, False
     unfold_norms(model.eval())
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with _full_precision(), torch.inference_mode(False), torch.no_grad():
             pairs = [[model.get_submodule(o) for o in p] for p in _pairs(model, x[:2])]
             pairs = [(c, n) for c, n in pairs if not modes[n]]
             want = model(x[:2]).float()
             for c, n in pairs: c.forward, n.forward = partial(_conv_and_norm, c, n), partial(_rest_of_norm, n)
-            same = (model(x[:2]).float() - want).abs().max() <= tolerance*want.abs().max()
+            same = bool((model(x[:2]).float() - want).abs().max() <= tolerance*want.abs().max())
     finally:
         for m, training in modes.items(): m.training = training
-    if not same: unfold_norms(model)
+        if not same: unfold_norms(model)
     return len(pairs) if same else 0
