@@ -37,6 +37,14 @@ NETWORKS = [('resnet50', 8, 224), ('resnest101e', 4, 224), ('resnet18', 32, 128)
 def ratios(base, other): return statistics.median(a/b for a, b in zip(base, other))
 
 
+def turns(rounds, **contestants):
+    "Seconds of each, every round each once, the first round for warming up."
+    took = {k: [] for k in contestants}
+    for _ in range(rounds+1):
+        for k, f in contestants.items(): s = time.perf_counter(); f(); took[k].append(time.perf_counter()-s)
+    return {k: v[1:] for k, v in took.items()}
+
+
 def name(way): return ' '.join(way)
 
 
@@ -71,10 +79,7 @@ def report(o):
         model.to(memory_format=layouts[way[1]])
         steps = {'literal': train_step(body, literal.train(), x, y),
                  'ours': in_way(train_step(model[0], model[1], x.contiguous(memory_format=layouts[way[1]]), y), way)}
-        took = {k: [] for k in steps}
-        for _ in range(o.rounds+1):
-            for k, f in steps.items(): s = time.perf_counter(); f(); took[k].append(time.perf_counter()-s)
-        took = {k: v[1:] for k, v in took.items()}
+        took = turns(o.rounds, **steps)
         rows.append(f'| {head} | {statistics.median(took["literal"]):.2f} | {statistics.median(took["ours"]):.2f} | {name(way)} | '
                     f'{ratios(took["literal"], took["ours"]):.2f} |')
     return '\n'.join(['| ResNeSt-101e, batch of 4, 224 px | literal, fp32, s | ours, s | in | literal ÷ ours |', '|---|---|---|---|---|', *rows])
@@ -130,14 +135,6 @@ def choosing(o):
                       '|---|---|---|---|---|---|---|', *rows])
 
 
-def turns(rounds, **contestants):
-    "Seconds of each, every round each once, the first round for warming up."
-    took = {k: [] for k in contestants}
-    for _ in range(rounds+1):
-        for k, f in contestants.items(): s = time.perf_counter(); f(); took[k].append(time.perf_counter()-s)
-    return {k: v[1:] for k, v in took.items()}
-
-
 def optimizer(o):
     "AdamW's step as torch does it when it is not told otherwise, and in one kernel, as recipes have it, beside the rest of a training step."
     rows = []
@@ -176,7 +173,6 @@ TRAINING = """
 import time, torch
 from mstoolkit.core import keep_freed_memory
 from mstoolkit.models.arithmetic import training_step
-from mstoolkit.models.fold import fold_resting_norms
 from mstoolkit.models.fusion import multiscale_model
 keep_freed_memory()
 torch.manual_seed(0)

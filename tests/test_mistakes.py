@@ -356,7 +356,7 @@ def test_a_share_that_nothing_is_held_out_by(image_folder, kw):
 
 # 25: outputs that are closed
 
-@pytest.mark.parametrize('redirect', ['>&- 2>&-', '| head -1', '2>&1 | head -c 1'])
+@pytest.mark.parametrize('redirect', ['>&-', '2>&-', '>&- 2>&-', '| head -1', '2>&1 | head -c 1'])
 def test_a_closed_output_ends_no_training(redirect, image_folder, tmp_path, tiny_options):
     words = ' '.join(f"'{o}'" for o in ['train', image_folder, '--out', tmp_path/'run', *tiny_options, '--epochs', '2'])
     subprocess.run(['bash', '-c', f"'{sys.executable}' -m mstoolkit {words} {redirect}"], capture_output=True)
@@ -425,9 +425,8 @@ def test_a_head_of_ones_own_from_the_command_line(as_file, image_folder, tmp_pat
     assert main(['train', str(image_folder), '--out', 'run', *tiny_options, '--head', name, *plugin]) == 0
     run = [sys.executable, '-m', 'mstoolkit', 'predict', 'run', str(image_folder/'test'), '--num-workers', '0']
     env = {k: v for k, v in os.environ.items() if k != 'MSTOOLKIT_PLUGINS'}
-    if as_file:
-        without = subprocess.run(run, capture_output=True, text=True, env=env)
-        assert without.returncode == 2 and f"unknown head '{name}'" in without.stderr and '--plugin' in without.stderr
+    without = subprocess.run(run, capture_output=True, text=True, env=env)
+    assert without.returncode == 2 and f"unknown head '{name}'" in without.stderr and '--plugin' in without.stderr
     assert subprocess.run([*run, *plugin], env=env).returncode == 0
     assert os.environ['MSTOOLKIT_PLUGINS']  # what a study's processes import
     del heads[name]  # for the tests that follow

@@ -247,8 +247,7 @@ class FreezeNorms(AttachedCallback):
     "Let the body's batch norms use the statistics that they came with, in training too."
     order, run_valid = FrozenBody.order+1, False
     def before_fit(self):
-        "Begin with a network whose norms do their own work."
-        self.detach(self.learn)
+        "Nothing is folded yet."
         self.folds = False
 
     def before_train(self):

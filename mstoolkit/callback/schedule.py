@@ -153,14 +153,11 @@ class GrowingSize(AttachedCallback):
 
     def after_fit(self):
         "Give them their full size back."
-        self._full_size(self.learn)
+        self.detach(self.learn)
 
     def detach(self,
         learn: Learner # whose fit has ended, in whatever way
     ):
         "Give them their full size back."
-        self._full_size(learn)
-
-    def _full_size(self, learn: Learner):
         if self.grows: set_size(learn.dls.train, self.full)
         self.grows = False
