@@ -15,6 +15,7 @@ import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import torch
@@ -24,6 +25,7 @@ from heads import batch, make_heads, train_step
 from input import generated
 from machine import machine
 from mstoolkit.core import keep_freed_memory, write_text
+from mstoolkit.data import workers
 from mstoolkit.models.arithmetic import autocast, fastest, few_images, layouts, time_ways, training_step, trial, ways
 from mstoolkit.models.fold import fold_resting_norms
 from mstoolkit.models.fusion import multiscale_model
@@ -169,6 +171,32 @@ def resting(o):
     return '\n'.join(['| network, batch, side | in | norms folded | their own work, s | folded, s | ÷ |', '|---|---|---|---|---|---|', *rows])
 
 
+def beside(o):
+    "Training from files on a CPU, by how far loader processes step back for the network's threads."
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        small, photos = generated(Path(tmp)/'small', 2048, 28, 28), generated(Path(tmp)/'photos', 512)
+        for net, bs, side, folder in ('resnet10t', 64, 64, small), ('tf_efficientnet_lite0', 32, 128, photos), ('tf_efficientnet_lite2', 8, 256, photos):
+            r = Recipe(backbone=net, head='plain', pretrained=False, size=side, bs=bs, num_workers=2, device='cpu')
+            way = 'fp32', 'channels-last'
+            model = multiscale_model(net, 'plain', 2, pretrained=False).to(memory_format=layouts[way[1]]).train()
+            def train():
+                batches = iter(recipe_dls(r, folder, valid_pct=.01).train)
+                def steps(n):
+                    for _ in range(n): model(next(batches)[0].contiguous(memory_format=layouts[way[1]])).square().mean().backward()
+                steps(3) # the processes have begun
+                start = time.perf_counter()
+                steps(20)
+                return (time.perf_counter() - start)/20
+            took = {n: [] for n in (0, workers.step_back, 19)}
+            for _ in range(o.rounds):
+                for n in took:
+                    with mock.patch.object(workers, 'step_back', n): took[n].append(train())
+            plain, *others = took.values()
+            rows.append(f'| {net}, {bs}, {side} | {bs/statistics.median(plain):.0f} | ' + ' | '.join(f'{ratios(plain, t):.2f}' for t in others) + ' |')
+    return '\n'.join(['| network, batch, side | images/s without | ' + ' | '.join(f'nice {n}' for n in list(took)[1:]) + ' |', '|---|---|---|---|', *rows])
+
+
 TRAINING = """
 import time, torch
 from mstoolkit.core import keep_freed_memory
@@ -213,7 +241,8 @@ def threads(o):
 
 PARTS = dict(arithmetic=('Forward and backward, by arithmetic', arithmetic), report=("Report A's training step", report),
              epochs=('Whole epochs from files', epochs), choosing=('What choosing costs', choosing),
-             optimizer=("The optimizer's part", optimizer), resting=('Norms that keep their statistics', resting), threads=('Two trainings at once', threads))
+             optimizer=("The optimizer's part", optimizer), resting=('Norms that keep their statistics', resting),
+             beside=('Loader processes beside the network', beside), threads=('Two trainings at once', threads))
 
 
 def main():

@@ -59,7 +59,6 @@ from .learner import fusion_learner
 from .losses import SmoothedCrossEntropy
 from .models.arithmetic import check_precision, fast_precisions, layouts, precisions
 from .models.backbone import timm_options
-from .models.fold import unfold_norms
 from .models.memory import largest_batch
 from .models.views import larger_sizes
 from .plan import auto_recipe
@@ -120,7 +119,6 @@ def recipe_learner(
         cbs.append(BatchMix(cutmix=r.cutmix, mixup=r.mixup, cutmix_alpha=r.cutmix_alpha, mixup_alpha=r.mixup_alpha,
                             off_epochs=r.mix_off_epochs, off_share=r.mix_off_share, seed=r.seed))
     if r.frozen_stages: cbs.append(FreezeStages(r.frozen_stages))
-    if r.keep_bn: cbs.append(FreezeNorms())
     if r.teacher:
         cbs.append(Distill(r.teacher, r.soften, precision=check_precision(r.precision, dls.device),
                            memory_format=r.memory_format))
@@ -150,6 +148,7 @@ def fit_recipe(
     if r.stop_patience > 0: cbs.append(stop := EarlyStop(r.monitor, patience=r.stop_patience))
     if r.ema: cbs.append(EMA(r.ema, monitor=r.monitor))
     if r.probe: cbs.append(ProbeHead())
+    if r.keep_bn: cbs.append(FreezeNorms())
     if r.keep_maps: cbs.append(KeepMaps(r.keep_maps))
     if r.keep_answers: cbs.append(KeepAnswers(r.keep_answers))
     if r.start_size: cbs.append(GrowingSize(r.start_size))
@@ -288,7 +287,6 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     finally:
         if n_processes() > 1: learn.distributed.close()
         learn.arithmetic.close() # a batch that was broken off has left autocast on, for all that this process does next
-        unfold_norms(learn.model)
         _draw(learn, run, r.monitor)
     picked = _pick_test_size(learn, r, run_file(run, 'model')) if r.test_size < 0 else None
     calibration = _calibrate(learn, run, picked)

@@ -31,7 +31,7 @@ from mstoolkit.callback.progress import RunHistory
 from mstoolkit.data.core import AugmentImage, NormalizeUint8, default_workers, get_stats, image_dls, image_loader, input_size, set_stats, unreadable_images
 from mstoolkit.data.image import ImageError
 from mstoolkit.callback.speed import KeepWorkers
-from mstoolkit.data.workers import Workers, close_idle_workers
+from mstoolkit.data.workers import Workers, close_idle_workers, step_back
 
 matplotlib.use('Agg')
 COLOURS = dict(red=(220, 30, 30), green=(30, 220, 30), blue=(30, 30, 220))
@@ -144,6 +144,14 @@ def test_any_size_of_augmented_images(folder, workers):
     assert {x.shape for x, _ in dls.train} == {(8, 3, 32, 48)}
     dls = image_dls(folder, augment=lambda n: A.Compose([A.Resize(n, n), A.RandomScale(.5, p=.5)]), **kw)
     with pytest.raises(ValueError, match='needs one size'): list(dls.train)
+
+
+@pytest.mark.skipif(not hasattr(os, 'nice'), reason='only Unix knows it')
+@pytest.mark.parametrize('device, back', [('cpu', step_back), ('cuda', 0), (None, 0)])
+def test_loader_processes_let_a_network_on_the_cpu_go_first(device, back):
+    w = Workers(lambda i: (os.nice(0),), 1, device=device)
+    assert [o for o, in w.run([(0,)])] == [min(19, os.nice(0) + back)]
+    w.close()
 
 
 def test_a_batch_travels_where_memory_is_not_inherited(folder):

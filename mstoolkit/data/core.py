@@ -260,7 +260,7 @@ class ImageDL(TfmdDL):
         if kept and not kept.busy: kept.close()
         slot_size = 0 if self.pin_memory else 3*self.bs*max((t.size for t in _augments(self)), default=0)**2
         w = Workers(self._make_batch, self.fake_l.num_workers, slot_size=slot_size, pin_memory=self.pin_memory,
-                    timeout=self.fake_l.timeout, seed=self._seed)
+                    timeout=self.fake_l.timeout, device=self.device, seed=self._seed)
         if self.keep_workers and not (kept and kept.busy): self._kept, w.known = w, known
         return w
 
