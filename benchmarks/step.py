@@ -15,7 +15,6 @@ import tempfile
 import time
 from copy import deepcopy
 from pathlib import Path
-from unittest import mock
 
 import cv2
 import torch
@@ -171,30 +170,41 @@ def resting(o):
     return '\n'.join(['| network, batch, side | in | norms folded | their own work, s | folded, s | ÷ |', '|---|---|---|---|---|---|', *rows])
 
 
+BESIDE = """
+import sys, time
+from pathlib import Path
+from mstoolkit.core import keep_freed_memory
+from mstoolkit.data import workers
+from mstoolkit.models.arithmetic import layouts
+from mstoolkit.recipe import Recipe
+from mstoolkit.train import recipe_dls, recipe_learner
+keep_freed_memory()
+workers.step_back = int(sys.argv[2])
+timm, layout = ('stem_type=deep', 'stem_width=16', 'channels=(32,64,128,256)'), layouts['channels-last']
+r = Recipe(backbone='resnet10t', timm=timm, head='plain', pretrained=False, size=64, bs=64, augment='upright', num_workers=2, device='cpu')
+learn = recipe_learner(r, recipe_dls(r, Path(sys.argv[1]), valid_pct=.01))
+model = learn.model.to(memory_format=layout).train()
+n = 0
+for x, y in learn.dls.train:
+    if n == 10: start = time.perf_counter() # the processes have begun
+    model(x.contiguous(memory_format=layout)).square().mean().backward()
+    n += 1
+print((n - 10)*64/(time.perf_counter() - start))
+"""
+
+
 def beside(o):
-    "Training from files on a CPU, by how far loader processes step back for the network's threads."
-    rows = []
+    "Training a small network on small images, as the command line sets threads, by how far loader processes step back for it."
+    took = {n: [] for n in (0, workers.step_back, 19)}
     with tempfile.TemporaryDirectory() as tmp:
-        small, photos = generated(Path(tmp)/'small', 2048, 28, 28), generated(Path(tmp)/'photos', 512)
-        for net, bs, side, folder in ('resnet10t', 64, 64, small), ('tf_efficientnet_lite0', 32, 128, photos), ('tf_efficientnet_lite2', 8, 256, photos):
-            r = Recipe(backbone=net, head='plain', pretrained=False, size=side, bs=bs, num_workers=2, device='cpu')
-            way = 'fp32', 'channels-last'
-            model = multiscale_model(net, 'plain', 2, pretrained=False).to(memory_format=layouts[way[1]]).train()
-            def train():
-                batches = iter(recipe_dls(r, folder, valid_pct=.01).train)
-                def steps(n):
-                    for _ in range(n): model(next(batches)[0].contiguous(memory_format=layouts[way[1]])).square().mean().backward()
-                steps(3) # the processes have begun
-                start = time.perf_counter()
-                steps(20)
-                return (time.perf_counter() - start)/20
-            took = {n: [] for n in (0, workers.step_back, 19)}
-            for _ in range(o.rounds):
-                for n in took:
-                    with mock.patch.object(workers, 'step_back', n): took[n].append(train())
-            plain, *others = took.values()
-            rows.append(f'| {net}, {bs}, {side} | {bs/statistics.median(plain):.0f} | ' + ' | '.join(f'{ratios(plain, t):.2f}' for t in others) + ' |')
-    return '\n'.join(['| network, batch, side | images/s without | ' + ' | '.join(f'nice {n}' for n in list(took)[1:]) + ' |', '|---|---|---|---|', *rows])
+        generated(Path(tmp), 8192, 28, 28)
+        for _ in range(o.rounds):
+            for n in took:
+                done = subprocess.run([sys.executable, '-W', 'ignore', '-c', BESIDE, tmp, str(n)], env=os.environ | dict(GOMP_SPINCOUNT='1000'),
+                                      capture_output=True, text=True, check=True)
+                took[n].append(float(done.stdout))
+    return '\n'.join(['| loader processes step back by | images/s | ÷ those of 0 |', '|---|---|---|',
+                      *(f'| {n} | {statistics.median(v):.0f} | {ratios(v, took[0]):.2f} |' for n, v in took.items())])
 
 
 TRAINING = """
