@@ -133,8 +133,8 @@ _env_kinds: dict[str, Any] = {
     'data': dict, 'versions': dict, 'command': list, 'platform': str, 'started': str, 'device': str, 'gpu': str,
     'calibration': dict, 'calibration.temperature': (int, float), 'calibration.lines': [str],
     'folds': int, 'members': [dict], 'told': [str], 'runs': [str], 'seed': int, 'minutes': (int, float), 'how': dict,
-    'recipe': dict, 'processors': int, 'epochs': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str], 'data.digest': str,
-    'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
+    'recipe': dict, 'processors': int, 'epochs': int, 'passes': int, 'best_epoch': int, 'seconds': (int, float), 'resumed': [str],
+    'data.digest': str, 'data.train': int, 'data.valid': int, 'data.classes': int, 'data.train_per_class': [int], 'data.warnings': [str]}
 
 # %% ../nbs/420_runs.ipynb #593ff148
 try: import fcntl

@@ -48,8 +48,9 @@ from .callback.track import Track, check_trackers
 from .callback.tracker import EarlyStop, PlateauLR, StopOnNaN
 from .callback.keep import KeepModel
 from .classifier import Classifier, change_header, model_digest, read_header
-from .core import (RunError, atomic_path, by_first, check_new, from_first, keep_freed_memory, n_processes, new_folder,
-                            out_of_memory, pick_device, process_rank, seed_everything, signals_wait, write_text)
+from .core import (RunError, atomic_path, by_first, check_new, counted, from_first, keep_freed_memory,
+                            n_processes, new_folder, out_of_memory, pick_device, process_rank, seed_everything, signals_wait,
+                            write_text)
 from .data.check import check_samples
 from .data.core import image_dls, set_size, stream_of
 from .data.sources import DataSource, class_roots, data_source, left_aside
@@ -279,7 +280,8 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     start = time.perf_counter()
     done = checkpoint.saved['learner']['callbacks']['run_history']['rows'] if resume else []
     if done: print(f"going on after epoch {len(done)}", flush=True)
-    own = [keep, checkpoint, StopOnNaN(), TrainProgress(), *_budget(r, learn, clock)]
+    budget = _budget(r, learn, clock)
+    own = [keep, checkpoint, StopOnNaN(), TrainProgress(), *budget]
     try: stopped = fit_recipe(learn, r, [*own, *(cbs or [])])
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e): raise
@@ -293,7 +295,7 @@ def _fit_into(learn: Learner, r: Recipe, run: Path, cbs: list|None, resume: bool
     seconds = time.perf_counter() - start + sum(o['seconds'] for o in done)
     a = learn.arithmetic
     return {f'best_{r.monitor}': keep.best, 'best_epoch': keep.best_epoch,
-            'epochs': len(learn.run_history.rows), 'stopped': stopped,
+            'epochs': len(learn.run_history.rows), 'stopped': stopped, **{'passes': o.passes for o in budget},
             'calibration': calibration, 'precision': a.way[0], 'memory_format': a.way[1], 'compiled': bool(a.compiled), 'compile': a.tried,
             'seconds_a_step': {' '.join(w): median(s) for w, s in a.took.items()}, 'seconds': round(seconds, 1)}
 
@@ -353,7 +355,9 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
         raise
     for t in track: t.finish(run_file(run, o) for o in ('model', 'recipe', 'source', 'history', 'preds', 'curves'))
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
-          f"{env['seconds']/60:.1f} min", flush=True)
+          f"{env['seconds']/60:.1f} min"
+          # an epoch of a budget is what lies between two validations
+          + (f", {counted(result['passes'], 'pass', 'passes')} over the images begun" if 'passes' in result else ''), flush=True)
 
 def _calibrate(learn: Learner, run: Path, answers: tuple|None) -> dict: # what came out, as plain values
     "Fit a temperature on validation, put it into the model file, and write down what the model says of each image."

@@ -1,4 +1,6 @@
 "A recipe made for data, machine and time: what is given stays, what is chosen is written down, mistakes are one line."
+import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -167,6 +169,8 @@ def test_the_command(image_folder, tmp_path, capsys):
     assert main(['train', str(image_folder), '--out', str(out), '--minutes', '.05', *small]) == 0
     said = capsys.readouterr().out
     assert 'auto: ' in said and 'size to predict at' not in said # images of 40 px have nothing more to show
+    passes = json.loads((out/'environment.json').read_text())['passes']
+    assert re.search(rf'in epoch \d+ of \d+; 0\.\d min, {passes:,} pass(es)? over the images begun\n', said) and passes > 0
     r = load_recipe(out/'recipe.toml')
     assert (r.name, r.minutes, r.epochs, r.size) == ('auto', .05, 0, 32) and 'auto' not in (r.backbone, r.head, r.augment)
     assert main(['predict', str(out), str(image_folder/'val'), '--out', str(tmp_path/'p.csv')]) == 0
