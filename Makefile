@@ -23,12 +23,13 @@ help:
 	@echo "make notebooks  run the notebooks and keep their outputs"
 	@echo "make docs       build the documentation site (in _docs/); make docs-serve shows it and follows your edits"
 
+# without bytecode: Python makes that of a module when it is first imported, and most never are
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15) and "mstoolkit needs Python 3.10 to 3.14, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) has no venv module: apt install python3-venv, or make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes and 7 GB the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --progress-bar off $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
