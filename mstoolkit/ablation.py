@@ -36,9 +36,9 @@ from .data.sources import DataSource, data_source, source_samples
 from .evaluate.interpret import plot_cells
 from .evaluate.stats import verdicts
 from .recipe import Recipe, load_recipe, read_toml, recipes, tomllib
-from .runs import (Run, correct_cells, finished_runs, read_failures, read_history, read_study, run_file, seed_folder,
+from .runs import (Run, correct_cells, finished_runs, read_failures, read_study, run_file, seed_folder,
                             study_file)
-from .train import meeting_device, recipe_dls, recipe_learner, resume_run, train
+from .train import meeting_device, minutes_used, recipe_dls, recipe_learner, resume_run, train
 
 # %% ../nbs/740_ablation.ipynb #851690da
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _minutes(recipe: Recipe, part: Path) -> float|None:
     "The minutes of a run that goes on: its recipe's, and, where it began with others, what it has used on top."
     if not recipe.minutes: return None
     same = load_recipe(run_file(part, 'recipe')).minutes == recipe.minutes
-    return recipe.minutes + (0 if same else read_history(part).seconds.sum()/60)
+    return recipe.minutes + (0 if same else minutes_used(part))
 
 def run_job(
     folder: str|Path, # the run folder to make

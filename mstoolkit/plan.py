@@ -108,15 +108,16 @@ def _frozen_stages(passes: float, n_stages: int) -> int:
     "As few stages as let a training see its data eight times; the last one always learns."
     return min(n_stages - 1, next((n for n, times in _faster.items() if passes*times >= 8), max(_faster)))
 
-def _probed(passes: float, n_stages: int) -> dict:
+def _probed(passes: float, n_stages: int, steps: float) -> dict:
     "A head trained to its end, then with it the stages there is time for, at a small rate, under the same norms."
     # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
     frozen = _frozen_stages(passes, n_stages)
     # a pass that makes its maps costs two that have them: a quarter of the passes do
-    passes *= _faster[frozen]
+    passes, steps = passes*_faster[frozen], steps*_faster[frozen]
     keep = max(1, round(passes/4)) if frozen >= 3 else 0
-    # the larger rate first costs what the probe has found, and takes some passes to bring more than that
-    return dict(schedule='fine-tune', lr=2e-3 if passes >= 4 else 5e-4, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
+    # a larger rate first costs what the probe has found, and takes some passes, and hundreds of steps, to bring more than that
+    lr = 2e-3 if passes >= 4 and steps >= 300 else 5e-4 if steps >= 100 else 2e-4
+    return dict(schedule='fine-tune', lr=lr, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
                 frozen_stages=frozen, keep_maps=keep)
 
 def _pools(head: str) -> bool:
@@ -129,13 +130,14 @@ def training_fields(
     pretrained: bool, # whether the backbone brings weights
     passes: float, # how often a training of all weights would see the data
     head: str = 'gated', # a name in `heads`
-    n_stages: int = 5 # groups of the backbone's weights, as `stage_splitter` makes them
+    n_stages: int = 5, # groups of the backbone's weights, as `stage_splitter` makes them
+    bs: int = 32 # images in a batch: with few images a pass is few steps
 ) -> dict: # recipe fields
     "What to train with, by the data, the weights and the length of the training."
     test_size = -1 if facts.side > 64 else 0 # smaller ones are made larger already, and show nothing more
     if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=test_size)
     elif _pools(head) and not facts.streamed: # whose features are computed once
-        start = _probed(passes, n_stages)
+        start = _probed(passes, n_stages, passes*_own(facts)/bs)
         passes *= _faster[start['frozen_stages']]
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=test_size)
     kept = start.get('keep_maps', 0)
@@ -249,7 +251,7 @@ def auto_recipe(
     passes = given.get('epochs') or passes
     model = _sketch((given | network)['backbone'], fields)
     n_stages = len(stage_splitter(model)) - 1
-    fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages)
+    fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages, (fields | network)['bs'])
     if model[0].fixed_size: fields.pop('test_size', None)
     if given.get('probe') is False: fields.pop('freeze_share', None) # which was for features
     if given.get('teacher'):

@@ -178,7 +178,8 @@ def stopped_run(
     if 'digest' not in env.get('data', {}) or 'versions' not in env:
         raise ValueError(f"{str(run_file(run, 'env'))!r} is damaged: it does not say what data and versions the run began with")
     if 'epochs' in env:
-        raise ValueError(f"{str(run)!r} has ended well, after {counted(env['epochs'], 'epoch')}: there is nothing to resume")
+        raise ValueError(f"{str(run)!r} has ended well, after {counted(env['epochs'], 'epoch')}: there is nothing to resume; "
+                         "for a longer training start another one, with more minutes or epochs")
     return env
 
 def beginnings(

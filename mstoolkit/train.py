@@ -6,7 +6,7 @@ Docs: https://mstoolkit.github.io/mstoolkit/train.html.md"""
 
 # %% auto #0
 __all__ = ['optimizers', 'losses', 'schedules', 'recipe_dls', 'recipe_learner', 'fit_recipe', 'choose_bs', 'settle_run',
-           'settle_teacher', 'lasting_fields', 'train', 'meeting_device', 'images_of', 'resume_run']
+           'settle_teacher', 'lasting_fields', 'train', 'meeting_device', 'images_of', 'resume_run', 'minutes_used']
 
 # %% ../nbs/710_train.ipynb #d5c02dbd
 import hashlib
@@ -36,7 +36,7 @@ from fastcore.imports import noop
 from .callback.average import EMA
 from .callback.balance import balance_learner, balance_methods, class_counts
 from .callback.budget import Budget
-from .callback.checkpoint import Checkpoint, StreamPlace
+from .callback.checkpoint import Checkpoint, StreamPlace, load_checkpoint
 from .callback.distill import Distill, KeepAnswers
 from .callback.distributed import Distributed, part_sizes, together
 from .callback.mix import BatchMix
@@ -357,7 +357,7 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
           f"{env['seconds']/60:.1f} min"
           # an epoch of a budget is what lies between two validations
-          + (f", {counted(result['passes'], 'pass', 'passes')} over the images begun" if 'passes' in result else ''), flush=True)
+          + (f", {counted(result['passes'], 'pass', 'passes')} over the images begun" if result.get('passes') else ''), flush=True)
 
 def _calibrate(learn: Learner, run: Path, answers: tuple|None) -> dict: # what came out, as plain values
     "Fit a temperature on validation, put it into the model file, and write down what the model says of each image."
@@ -545,12 +545,23 @@ def resume_run(
     with together(meeting_device(run_file(run, 'recipe'), None)), nullcontext() if process_rank() else one_writer(run):
         return _resume(run, data, cbs, minutes, clock)
 
+def minutes_used(
+    run: str|Path # run folder of a training with a budget that was stopped
+) -> float: # 0 where no epoch had ended
+    "What a stopped run has used of its minutes, up to its checkpoint."
+    state = run_file(run, 'state')
+    return load_checkpoint(state)['learner']['callbacks']['budget']['used']/60 if state.is_file() else 0.
+
 def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None, clock: float) -> Learner:
     "Go on with a run that nobody else goes on with."
     env = by_first(stopped_run, run)  # once more: another process may just have ended it
     r = settle_teacher(load_recipe(run_file(run, 'recipe')))
     if minutes:
         if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
+        used = by_first(minutes_used, run)
+        if minutes != r.minutes and minutes <= used:
+            raise ValueError(f"the run {str(run)!r} has used {used:.2g} minutes and {minutes:g} were asked for in all: give more, "
+                             f"or none to go on with the {r.minutes:g} that it began with")
         r = replace(r, minutes=minutes)
     by_first(clear_leftovers, run)
     source = images_of(run, data)

@@ -182,9 +182,20 @@ def test_nothing_is_timed_that_could_not_be_taken(folder, monkeypatch):
 
 def test_every_candidate_is_timed_when_asked(folder, monkeypatch):
     watch = Stopwatch(monkeypatch, steady(60))
-    for f in folder.iterdir(): f.unlink()
-    rows = ranked(folder, 60, every=True)
+    rows = ranked(None, 60, every=True)
     assert len(watch.timed) == len(candidates) and all(o.timed and o.passed_over == 'no weights' for o in rows.values())
+    slow = Stopwatch(monkeypatch, steady(1)) # of which no two images of the largest go through in half a minute
+    rows = ranked(None, 60, every=True)
+    largest = max(candidates.values(), key=lambda c: c.gmacs_at(224)).name
+    assert 3 < len(slow.timed) < len(candidates) and largest not in slow.timed and slow.now <= 30*len(slow.timed)
+    assert not rows[largest].timed and rows[largest].images_s == pytest.approx(1/candidates[largest].gmacs_at(224))
+
+
+def test_a_folder_without_weights_is_a_mistake(folder):
+    for f in folder.iterdir(): f.rename(f.with_name(f'my {f.name}'))
+    with pytest.raises(ValueError, match='all.*has no weights of any candidate: name files as timm names the networks, such as .*[.]safetensors'): ranked(folder)
+    next(folder.iterdir()).rename(folder/f'{LITE}.pth')
+    assert [n for n, o in ranked(folder, 1200, names=[LITE, R18]).items() if o.weights] == [LITE]
 
 
 def test_what_fails_is_passed_over_with_a_word(folder, monkeypatch):

@@ -22,9 +22,9 @@ from mstoolkit.callback.schedule import fit_warm_restarts
 from mstoolkit.callback.tracker import EarlyStop, KeepBest, PlateauLR
 from mstoolkit.cli import main
 from mstoolkit.core import signals_wait
-from mstoolkit.recipe import Recipe
+from mstoolkit.recipe import Recipe, load_recipe
 from mstoolkit.runs import run_file
-from mstoolkit.train import resume_run, train
+from mstoolkit.train import minutes_used, resume_run, train
 from mstoolkit.train import schedules as train_schedules
 from safetensors.torch import load_file, save_file
 from test_tracker import Rates, Written
@@ -417,7 +417,8 @@ def test_what_cannot_be_resumed(recipe, image_folder, tmp_path, capsys):
         return err
     train(r, image_folder, tmp_path/'done')
     assert 'has ended well, after 3 epochs: there is nothing to resume' in resume(tmp_path/'done')
-    assert 'there is no folder' in resume(tmp_path/'none')
+    assert 'for a longer training start another one' in resume(tmp_path/'done')
+    assert "there is no run folder '" in (err := resume(tmp_path/'none')) and 'give the command that began it again' in err
     assert 'is not a run folder' in resume(image_folder)
     with pytest.raises(KeyboardInterrupt): train(r, image_folder, tmp_path/'b', cbs=[Interrupt()])
     assert f"--resume {tmp_path/'b'}" in capsys.readouterr().out.splitlines()[-1]
@@ -436,6 +437,19 @@ def test_what_cannot_be_resumed(recipe, image_folder, tmp_path, capsys):
     assert 'the same names, other content' in resume(tmp_path/'b')
     (image_folder/'val'/'2'/'1.png').write_bytes(same)
     assert main(['train']) == 2 and 'folder of images, or --resume' in capsys.readouterr().err
+
+
+def test_a_budget_that_is_used_up_is_refused_and_nothing_is_lost(recipe, image_folder, tmp_path, capsys):
+    r, run = recipe(epochs=0, minutes=.5), tmp_path/'run'
+    with pytest.raises(KeyboardInterrupt): train(r, image_folder, run, cbs=[Interrupt()])
+    left = {o: o.read_bytes() for o in run.rglob('*') if o.is_file()}
+    used = minutes_used(run)
+    assert 0 < used < .5 and main(['train', '--resume', str(run), '--minutes', str(used/2)]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and f"has used {used:.2g} minutes" in err and 'or none to go on with the 0.5' in err
+    assert left == {o: o.read_bytes() for o in run.rglob('*') if o.is_file()}
+    resume_run(run, minutes=used + .05)
+    assert not (run/'checkpoint').exists() and load_recipe(run/'recipe.toml').minutes == used + .05
 
 
 class Interrupt(Callback):

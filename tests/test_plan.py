@@ -61,6 +61,8 @@ def test_the_length_of_a_training_decides_on_mixing():
     assert training_fields(facts(), True, 20)['cutmix'] > 0 == training_fields(facts(), True, 3)['cutmix']
     assert training_fields(facts(), True, 3)['schedule'] == 'fine-tune' and training_fields(facts(), False, 3)['schedule'] == 'one-cycle'
     assert training_fields(facts(per_class=(900, 10)), True, 3)['balance'] == 'logit-adjust'
+    rates = [training_fields(facts(n_train=n), True, passes, bs=bs)['lr'] for n, passes, bs in ((2640, 8, 32), (2640, 1, 32), (84, 8, 10), (84, 1, 10))]
+    assert rates == [2e-3, 2e-3, 2e-4, 2e-4] # with four stages at rest a pass in the time of one is six
     for pretrained in True, False:
         for passes in .5, 6, 60: Recipe.from_dict(training_fields(facts(), pretrained, passes) | dict(minutes=5))
 

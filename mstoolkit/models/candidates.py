@@ -173,7 +173,7 @@ class _Stopwatch:
     def images_for(self, c: Candidate) -> int:
         "How many images of 224 pixels to time it with: fewer where they would take long; 0 where any would."
         if not self.seen: return 8
-        if self.every: return 8 if self.cost(c, 8) <= 5 else 2
+        if self.every: return 8 if self.cost(c, 8) <= 5 else 2 if self.cost(c, 2) <= 30 else 0
         left = self.ends - perf_counter()
         return 8 if 4*self.cost(c, 8) <= left else 2 if self.cost(c, 2) <= left else 0
 
@@ -209,7 +209,7 @@ def rank_backbones(
     names: Iterable[str]|None = None, # of `candidates`; all of them when not given
     share: float = .04, # of the time that timing may take; the cheapest is timed in any case
     min_epochs: float = useful_epochs, # what `take_backbone` will ask for
-    every: bool = False # time each of them, however long it takes
+    every: bool = False # time each of them, but those that half a minute is too short for
 ) -> list[Ranked]: # the cheapest first
     "What each candidate would do in a run: how fast it trains, how often it sees the data, where its weights are."
     choice(head, heads, 'head')
@@ -218,6 +218,9 @@ def rank_backbones(
                          "give 2 or more in a batch, and more than 0 of each of the others")
     table, device = _table(names, size), torch.device(device)
     weights = {c.name: weights_at_hand(c.name, weights_dir) for c in table}
+    if weights_dir and names is None and not any(o.how == 'file' for o in weights.values()):
+        raise ValueError(f"the folder {str(weights_dir)!r} has no weights of any candidate: name files as timm names the networks, such as "
+                         f"{min(candidates)}.safetensors (.pt, .pth), or name the backbone (--backbone) that they are of")
     wanted = [c for c in table if weights[c.name]] or table[:1]
     if device.type == 'cpu': keep_freed_memory() # as a run does
     watch = _Stopwatch(n_classes, size, bs, device, head, share*seconds, every)
