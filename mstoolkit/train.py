@@ -350,7 +350,9 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
             resume = f"mstoolkit train --resume {shlex.quote(str(whole))}"
             how = 'the same mstoolkit ablate' if whole.name.startswith('.') else resume
             print(f"stopped; to go on after the last finished epoch: {how}", flush=True)
-        elif not learn.run_history.rows and not resume: _take_back(run)
+        elif not learn.run_history.rows and not resume:
+            _take_back(run)
+            if isinstance(e, (KeyboardInterrupt, SystemExit)): print("stopped before an epoch had ended: nothing is kept", flush=True)
         for t in track: t.close()
         raise
     for t in track: t.finish(run_file(run, o) for o in ('model', 'recipe', 'source', 'history', 'preds', 'curves'))

@@ -453,9 +453,16 @@ def test_a_budget_that_is_used_up_is_refused_and_nothing_is_lost(recipe, image_f
 
 
 class Interrupt(Callback):
-    "Ctrl-C in the second epoch."
+    "Ctrl-C in the second epoch, or another, counted from 0."
+    def __init__(self, at=1): self.at = at
     def after_batch(self):
-        if self.epoch == 1: raise KeyboardInterrupt
+        if self.epoch == self.at: raise KeyboardInterrupt
+
+
+def test_a_run_stopped_in_its_first_epoch_says_that_nothing_is_kept(recipe, image_folder, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt): train(recipe(), image_folder, tmp_path/'run', cbs=[Interrupt(0)])
+    assert capsys.readouterr().out.splitlines()[-1] == 'stopped before an epoch had ended: nothing is kept'
+    assert not list((tmp_path/'run').glob('*'))
 
 
 def test_a_run_killed_in_its_first_epoch_begins_anew_in_place(recipe, image_folder, tmp_path, capsys):
