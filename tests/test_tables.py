@@ -4,10 +4,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -16,11 +16,13 @@ import pandas as pd
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
 datasets = pytest.importorskip('datasets')
 pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.mark.filterwarnings('ignore::ResourceWarning'),
               pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning')] # more than there are processors
 
 from fastai.callback.core import Callback  # noqa: E402
+from forked import Child  # noqa: E402
 
 from mstoolkit.callback.distributed import Share, join_processes  # noqa: E402
 from mstoolkit.cli import main  # noqa: E402
@@ -300,13 +302,12 @@ def fit(run, data, workers, kill_at=0, gently=False):
     else: train(r, data, run, cbs=[seen], data_format='hf', stream=True, epoch_images=24, buffer=6)
 
 
-SCRIPT = '''
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_tables import fit
-if __name__ == '__main__': fit(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
-'''
+def one_of(processes, rank, port, *args, **kw):
+    "What a process that `torchrun` starts finds around it, and its training; forked, it need not import torch anew."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo')
+    torch.set_num_threads(1)
+    fit(*args, **kw)
 
 
 def go(tmp_path, run, data, workers, *, processes=1, kill_at=0, gently=False):
@@ -315,14 +316,16 @@ def go(tmp_path, run, data, workers, *, processes=1, kill_at=0, gently=False):
         try: fit(run, data, workers, kill_at, gently)
         except KeyboardInterrupt: assert kill_at
         return
-    script = tmp_path/'go.py'
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    args = [str(script), str(run), str(data), str(workers), str(kill_at)]
-    launch = [] if processes == 1 else ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--rdzv-backend', 'c10d',
-                                        '--rdzv-endpoint', 'localhost:0']
-    done = subprocess.run([sys.executable, *launch, *args], capture_output=True, text=True, timeout=3600,
-                          env=os.environ | dict(OMP_NUM_THREADS='1', HF_DATASETS_CACHE=str(tmp_path/'cache'), HF_HUB_OFFLINE='1'))
-    assert (done.returncode == 0) == (not kill_at), done.stderr[-3000:]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        (logs := tmp_path/f'logs{rank}').mkdir(exist_ok=True)
+        children.append(Child(partial(one_of, processes, rank, port, run, data, workers, kill_at), tmp_path, logs))
+    ended = [o.wait(600) for o in children]
+    for o in ended: assert not o.late and (o.code == 0) == (not kill_at), o.text[-3000:]
+    assert (-signal.SIGKILL in [o.code for o in ended]) == bool(kill_at) # another rank may see first that this one is gone
 
 
 def seen_of(run, rank=0): # what was seen in each epoch, as the last run of that epoch has it
