@@ -1,6 +1,7 @@
 "A small folder of images that a small network learns in seconds."
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import cv2
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault('MPLBACKEND', 'agg')  # no test opens a window
+sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))  # of which tests take `forked` and cases
 
 
 CLASSES = ['2', '10', 'red apple']

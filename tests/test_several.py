@@ -1,11 +1,14 @@
 "Several models as one: what a file of them predicts, how it is taken apart, folds, soups, ensembles, a submission."
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import zipfile
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES, COLOURS, write_images
+from forked import Child
 from mstoolkit import ablation
+from mstoolkit.callback.checkpoint import Checkpoint
 from mstoolkit.classifier import Classifier, ModelHeader, _one_by_one, average_models, read_header
 from mstoolkit.cli import main
 from mstoolkit.core import RunError
@@ -28,7 +33,7 @@ from mstoolkit.models.fusion import multiscale_model
 from mstoolkit.models.views import view_sets
 from mstoolkit.predict import predict_folder, predict_probs
 from mstoolkit.recipe import Recipe
-from mstoolkit.runs import Run, Several, n_folds
+from mstoolkit.runs import Run, Several, n_folds, run_file
 from mstoolkit.several import folds
 from mstoolkit.several import submit as submit_module
 from mstoolkit.several.combine import _cross_fitted, _kept, _moved_norms, _Search, _trained_on, _verdict, average_weights, combine, greedy_ensemble, greedy_soup, log_loss
@@ -213,26 +218,23 @@ TRAIN = dict(backbone='test_resnet', pretrained=False, size=32, epochs=2, bs=8, 
 BASE = Recipe(**TRAIN)
 WORDS = ['--recipe', 'gate', *(o for k, v in TRAIN.items() for o in ([f'--no-{k}'] if v is False else [f"--{k.replace('_', '-')}", str(v)]))]
 
-KILLED = '''
-import os, signal, sys
-from mstoolkit.callback.checkpoint import Checkpoint
-from mstoolkit.cli import main
-from mstoolkit.several import folds
-left, die, save = [int(sys.argv[1])], lambda: os.kill(os.getpid(), signal.SIGKILL), Checkpoint._save
-def counted(self, *args, **kw):
-    save(self, *args, **kw)
-    left[0] -= 1
-    if not left[0]: die()
-Checkpoint._save = counted
-if left[0] < 0: folds.write_report = lambda *_: die()
-main(sys.argv[2:])
-'''
+def dying(at, *args):
+    "The command line in a process that kills itself."
+    left, die, save = [at], lambda: os.kill(os.getpid(), signal.SIGKILL), Checkpoint._save
+    def counted(self, *args, **kw):
+        save(self, *args, **kw)
+        left[0] -= 1
+        if not left[0]: die()
+    Checkpoint._save = counted
+    if at < 0: folds.write_report = lambda *_: die()
+    return main([str(o) for o in args])
 
 
-def killed(at, *args):
-    "Killed after so many checkpoints, or, at -1, before the page is written."
-    r = subprocess.run([sys.executable, '-c', KILLED, str(at), *map(str, args)], capture_output=True, text=True)
-    assert r.returncode == -9, r.stdout + r.stderr
+def killed(at, folder, *args):
+    "Killed after so many checkpoints, or, at -1, before the page is written; forked, it need not import torch anew."
+    (logs := folder/'logs').mkdir(exist_ok=True)
+    done = Child(partial(dying, at, *args), folder, logs).wait(600)
+    assert done.code == -signal.SIGKILL and not done.late, done.text
 
 
 def product(out, folds=3):
@@ -273,12 +275,12 @@ def m_name(s, k): return s.members[k]['name'], s.members[k]['accuracy']
 
 def test_folds_that_were_killed_go_on_as_if_not(three_folds, image_folder_, tmp_path, capsys):
     out = tmp_path/'f'
-    killed(1, 'train', image_folder_, '--folds', 3, '--out', out, '--threads', 1, *WORDS)
+    killed(1, tmp_path, 'train', image_folder_, '--folds', 3, '--out', out, '--threads', 1, *WORDS)
     assert (out/'.fold-0').is_dir() and not (out/'fold-0').exists()
     with pytest.raises(FileNotFoundError, match=r'folds 0, 1, 2 are missing, to go on: mstoolkit train --resume'): Classifier.load(out)
-    killed(3, 'train', '--resume', out, '--threads', 1)  # the end of the first fold, and the first epoch of the second
+    killed(3, tmp_path, 'train', '--resume', out, '--threads', 1)  # the end of the first fold, and the first epoch of the second
     assert (out/'fold-0').is_dir() and (out/'.fold-1').is_dir()
-    killed(-1, 'train', '--resume', out, '--threads', 1)
+    killed(-1, tmp_path, 'train', '--resume', out, '--threads', 1)
     assert (out/'model.safetensors').is_file() and not (out/'report.html').exists()
     assert main(['train', '--resume', str(out), '--threads', '1']) == 0
     want, got = product(three_folds), product(out)
@@ -556,7 +558,9 @@ def test_another_budget_counts_from_now(image_folder, tmp_path):
     part.mkdir()
     r = Recipe(**TRAIN | dict(epochs=0, minutes=3.))
     r.save(part/'recipe.toml')
-    (part/'history.csv').write_text('epoch,train_loss,valid_loss,accuracy,seconds\n1,1,1,.5,60\n2,1,1,.5,30\n')
+    assert ablation._minutes(replace(r, minutes=2.), part) == 2 # of which nothing is used
+    run_file(part, 'state').parent.mkdir()
+    torch.save(dict(format=1, learner=dict(callbacks=dict(budget=dict(used=90.)))), run_file(part, 'state'))
     assert ablation._minutes(r, part) == 3 and ablation._minutes(replace(r, minutes=2.), part) == 3.5 and ablation._minutes(BASE, part) is None
 
 

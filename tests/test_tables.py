@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
 datasets = pytest.importorskip('datasets')
 pytestmark = [pytest.mark.filterwarnings('ignore::DeprecationWarning'), pytest.mark.filterwarnings('ignore::ResourceWarning'),
               pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning')] # more than there are processors
