@@ -149,8 +149,8 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
         flag = given[0].replace('_', '-')
         raise ValueError(f"--resume goes on with the options of the run itself: leave out --{flag}")
     if not run.exists():
-        raise FileNotFoundError(f"there is no run folder {str(run)!r}; a run that is stopped before its first epoch has ended leaves none: "
-                                "give the command that began it again")
+        raise FileNotFoundError(f"there is no run folder {str(run)!r}; "
+                                "a run that is stopped before its first epoch has ended leaves none: give the command that began it again")
     _folder(run)
     if data and not data.exists(): _folder(data)
     if folds:

@@ -115,7 +115,7 @@ def _probed(passes: float, n_stages: int, steps: float) -> dict:
     # a pass that makes its maps costs two that have them: a quarter of the passes do
     passes, steps = passes*_faster[frozen], steps*_faster[frozen]
     keep = max(1, round(passes/4)) if frozen >= 3 else 0
-    # a larger rate first costs what the probe has found, and takes some passes, and hundreds of steps, to bring more than that
+    # a larger rate first costs what the probe has found, and takes some passes, and hundreds of steps, to bring more
     lr = 2e-3 if passes >= 4 and steps >= 300 else 5e-4 if steps >= 100 else 2e-4
     return dict(schedule='fine-tune', lr=lr, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
                 frozen_stages=frozen, keep_maps=keep)
@@ -251,7 +251,8 @@ def auto_recipe(
     passes = given.get('epochs') or passes
     model = _sketch((given | network)['backbone'], fields)
     n_stages = len(stage_splitter(model)) - 1
-    fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages, (fields | network)['bs'])
+    bs = (fields | network)['bs']
+    fields |= network | training_fields(facts, network['pretrained'], passes, fields['head'], n_stages, bs)
     if model[0].fixed_size: fields.pop('test_size', None)
     if given.get('probe') is False: fields.pop('freeze_share', None) # which was for features
     if given.get('teacher'):

@@ -359,7 +359,8 @@ def _run(learn: Learner, r: Recipe, run: Path, env: dict, cbs: list|None, clock:
     print(f"best {r.monitor} {result[f'best_{r.monitor}']:.4f} in epoch {result['best_epoch']} of {result['epochs']}; "
           f"{env['seconds']/60:.1f} min"
           # an epoch of a budget is what lies between two validations
-          + (f", {counted(result['passes'], 'pass', 'passes')} over the images begun" if result.get('passes') else ''), flush=True)
+          + (f", {counted(result['passes'], 'pass', 'passes')} over the images begun" if result.get('passes') else ''),
+          flush=True)
 
 def _calibrate(learn: Learner, run: Path, answers: tuple|None) -> dict: # what came out, as plain values
     "Fit a temperature on validation, put it into the model file, and write down what the model says of each image."
@@ -562,8 +563,8 @@ def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None,
         if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
         used = by_first(minutes_used, run)
         if minutes != r.minutes and minutes <= used:
-            raise ValueError(f"the run {str(run)!r} has used {used:.2g} minutes and {minutes:g} were asked for in all: give more, "
-                             f"or none to go on with the {r.minutes:g} that it began with")
+            raise ValueError(f"the run {str(run)!r} has used {used:.2g} minutes and {minutes:g} were asked for in all: "
+                             f"give more, or none to go on with the {r.minutes:g} that it began with")
         r = replace(r, minutes=minutes)
     by_first(clear_leftovers, run)
     source = images_of(run, data)
