@@ -220,7 +220,8 @@ def rank_backbones(
     weights = {c.name: weights_at_hand(c.name, weights_dir) for c in table}
     if weights_dir and names is None and not any(o.how == 'file' for o in weights.values()):
         raise ValueError(f"the folder {str(weights_dir)!r} has no weights of any candidate: "
-                         f"name files as timm names the networks, such as {min(candidates)}.safetensors (.pt, .pth), or name the backbone (--backbone) that they are of")
+                         f"name files as timm names the networks, such as {min(candidates)}.safetensors "
+                         "(.pt, .pth), or name the backbone (--backbone) that they are of")
     wanted = [c for c in table if weights[c.name]] or table[:1]
     if device.type == 'cpu': keep_freed_memory() # as a run does
     watch = _Stopwatch(n_classes, size, bs, device, head, share*seconds, every)
