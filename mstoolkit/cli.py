@@ -109,10 +109,12 @@ def plain_options(
     return decorate
 
 # %% ../nbs/810_cli.ipynb #3b3d394c
-def _folder(path: Path):
-    "Say at once when a folder is not there; the library would, after the seconds that torch takes to import."
+def _folder(path: Path, why: str = ''):
+    "Say at once when a folder is not there, and why it may not be; the library would, after the seconds that torch takes to import."
     if path.is_file(): raise ValueError(f"{str(path)!r} is a file: give the folder it lies in")
-    if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}")
+    if not path.is_dir(): raise FileNotFoundError(f"there is no folder {str(path)!r}{why}")
+
+_no_run = "; a run that is stopped before its first epoch has ended leaves none: give the command that began it again"
 
 def _source(data: Path, given: dict) -> DataSource:
     "What the argument DATA and its options name, checked as far as it can be without work."
@@ -148,10 +150,7 @@ def _resume(run: Path, data: Path|None, ctx: typer.Context):
     if given:
         flag = given[0].replace('_', '-')
         raise ValueError(f"--resume goes on with the options of the run itself: leave out --{flag}")
-    if not run.exists():
-        raise FileNotFoundError(f"there is no run folder {str(run)!r}; "
-                                "a run that is stopped before its first epoch has ended leaves none: give the command that began it again")
-    _folder(run)
+    _folder(run, _no_run)
     if data and not data.exists(): _folder(data)
     if folds:
         from mstoolkit.several.folds import resume_folds
@@ -194,7 +193,8 @@ def _start(recipe: str, given: dict, source_fields: dict, source: DataSource, ou
 
 def _in_processes(n: int, ctx: typer.Context, threads: int|None) -> int: # exit code
     "Start the same command in several processes, when what can be checked without work is."
-    if (data := ctx.params['data'] or ctx.params['resume']) and not data.exists() and ctx.params['data_format'] != 'hf': _folder(data)
+    if (data := ctx.params['data'] or ctx.params['resume']) and not data.exists() and ctx.params['data_format'] != 'hf':
+        _folder(data, '' if ctx.params['data'] else _no_run)
     from mstoolkit.callback.distributed import start_processes
     words = list(ctx.obj)
     for i, word in reversed(list(enumerate(words))): # but the option itself

@@ -108,14 +108,15 @@ def _frozen_stages(passes: float, n_stages: int) -> int:
     "As few stages as let a training see its data eight times; the last one always learns."
     return min(n_stages - 1, next((n for n, times in _faster.items() if passes*times >= 8), max(_faster)))
 
-def _probed(passes: float, n_stages: int, steps: float) -> dict:
+def _probed(passes: float, n_stages: int, batches: float) -> dict: # `batches` of a pass
     "A head trained to its end, then with it the stages there is time for, at a small rate, under the same norms."
     # larger sizes to predict at were tried: whole images, which the head has learnt from, left nothing for them to mend
     frozen = _frozen_stages(passes, n_stages)
     # a pass that makes its maps costs two that have them: a quarter of the passes do
-    passes, steps = passes*_faster[frozen], steps*_faster[frozen]
+    passes *= _faster[frozen]
     keep = max(1, round(passes/4)) if frozen >= 3 else 0
     # a larger rate first costs what the probe has found, and takes some passes, and hundreds of steps, to bring more
+    steps = passes*batches
     lr = 2e-3 if passes >= 4 and steps >= 300 else 5e-4 if steps >= 100 else 2e-4
     return dict(schedule='fine-tune', lr=lr, layer_decay=.7, probe=True, freeze_share=.5, keep_bn=True,
                 frozen_stages=frozen, keep_maps=keep)
@@ -137,7 +138,7 @@ def training_fields(
     test_size = -1 if facts.side > 64 else 0 # smaller ones are made larger already, and show nothing more
     if not pretrained: start = dict(schedule='one-cycle', lr=4e-3, test_size=test_size)
     elif _pools(head) and not facts.streamed: # whose features are computed once
-        start = _probed(passes, n_stages, passes*_own(facts)/bs)
+        start = _probed(passes, n_stages, _own(facts)/bs)
         passes *= _faster[start['frozen_stages']]
     else: start = dict(schedule='fine-tune', lr=8e-3, layer_decay=.7, test_size=test_size)
     kept = start.get('keep_maps', 0)

@@ -561,8 +561,7 @@ def _resume(run: Path, data: str|Path|None, cbs: list|None, minutes: float|None,
     r = settle_teacher(load_recipe(run_file(run, 'recipe')))
     if minutes:
         if not r.minutes: raise ValueError(f"the run {str(run)!r} was begun for {r.epochs} epochs: it has no minutes to change")
-        used = by_first(minutes_used, run)
-        if minutes != r.minutes and minutes <= used:
+        if minutes != r.minutes and minutes <= (used := by_first(minutes_used, run)):
             raise ValueError(f"the run {str(run)!r} has used {used:.2g} minutes and {minutes:g} were asked for in all: "
                              f"give more, or none to go on with the {r.minutes:g} that it began with")
         r = replace(r, minutes=minutes)

@@ -1,13 +1,8 @@
 "A sample of the corpus of `benchmarks/cases.py`: image files and arrays, and data that `check` looks at; the whole takes many minutes."
-import sys
-from pathlib import Path
-
+import cases
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
-import cases  # noqa: E402
-from forked import Outcome  # noqa: E402
-from mstoolkit.cli import main  # noqa: E402
+from forked import Outcome
+from mstoolkit.cli import main
 
 SAMPLE = [c for c in cases.cases if c.group in ('images', 'arrays') and ('read' in c.name or 'refused' in c.name)
           or c.group in ('folders', 'tables', 'lists', 'class lists') and 'check' in c.name]

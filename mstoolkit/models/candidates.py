@@ -173,9 +173,9 @@ class _Stopwatch:
     def images_for(self, c: Candidate) -> int:
         "How many images of 224 pixels to time it with: fewer where they would take long; 0 where any would."
         if not self.seen: return 8
-        if self.every: return 8 if self.cost(c, 8) <= 5 else 2 if self.cost(c, 2) <= 30 else 0
         left = self.ends - perf_counter()
-        return 8 if 4*self.cost(c, 8) <= left else 2 if self.cost(c, 2) <= left else 0
+        plenty, at_most = (5, 30) if self.every else (left/4, left)
+        return 8 if self.cost(c, 8) <= plenty else 2 if self.cost(c, 2) <= at_most else 0
 
 def _tried(f, size: int) -> tuple:
     "What `f` returns, and why it could not: one of them."
